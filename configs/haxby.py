@@ -1,0 +1,31 @@
+"""Real fMRI on a laptop: the packaged slice of Haxby et al. (2001), eight categories, 530 voxels, one person.
+
+Reproduces: that the system learns a person's responses from a brain. It shows no per-picture semantics; for that, bring
+data with many pictures.
+Command: python train.py haxby --workdir runs/haxby
+Hardware: 2 CPU cores, 4 GiB.
+"""
+
+from synbrain_jax.config import Config, DataConfig, OptimizerConfig, Stage1Config, Stage2Config
+from synbrain_jax.models.brain_vae import BrainVAEConfig
+from synbrain_jax.models.semantic_to_neural import MapperConfig
+
+config = Config(
+    name="haxby",
+    data=DataConfig(builder="haxby2001"),
+    brain_vae=BrainVAEConfig.small(),
+    mapper=MapperConfig.small(),
+    stage1=Stage1Config(
+        steps=400,
+        batch_size=24,
+        optimizer=OptimizerConfig(learning_rate=2e-3, schedule="cosine", weight_decay=0.05),
+        average_share=0.5,
+        eval_every=50,
+    ),
+    stage2=Stage2Config(
+        steps=1500,
+        batch_size=8,
+        optimizer=OptimizerConfig(learning_rate=1e-3, schedule="cosine", clip_norm=1.0, ema_decay=0.99),
+        eval_every=250,
+    ),
+)

@@ -1,0 +1,173 @@
+"""Checkpoints of a training stage, and bundles: the folder with everything that synthesis needs. Orbax underneath."""
+
+import dataclasses
+import os
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+from jaxtyping import Float, PyTree
+from orbax.checkpoint import checkpoint_managers as policies
+
+from synbrain_jax.config import Config
+from synbrain_jax.data.pairs import Dataset
+from synbrain_jax.data.voxels import Voxels
+from synbrain_jax.errors import InputError
+from synbrain_jax.files import read_npz, read_text, write_npz, write_text
+from synbrain_jax.models.brain_vae import BrainVAE
+from synbrain_jax.models.semantic_to_neural import SemanticToNeural
+
+
+class Checkpoints:
+    """The checkpoints of one stage: the two latest and the one with the smallest validation value.
+
+    Each holds the training state, the position in the data and the configuration. Orbax makes a step visible only when
+    it is complete. Use as a context manager; leaving it waits for the last write.
+    """
+
+    def __init__(self, folder: str | os.PathLike, config: Config):
+        self._config = config
+        best = policies.BestN(get_metric_fn=lambda metrics: -metrics["value"], n=1)
+        options = ocp.CheckpointManagerOptions(
+            create=True,
+            preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(2), best]),
+            best_fn=lambda metrics: metrics["value"],  # without it Orbax writes no metrics
+            best_mode="min",
+        )
+        self._manager = ocp.CheckpointManager(epath.Path(folder).resolve(), options=options)
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._manager.close()
+
+    @property
+    def latest(self) -> int | None:
+        """Step of the newest checkpoint; None if there is none."""
+        return self._manager.latest_step()
+
+    def save(self, step: int, state: PyTree, position: dict, value: float) -> None:
+        """Saves the state after `step` steps; `value` is its validation number (smaller is better)."""
+        args = ocp.args.Composite(
+            state=ocp.args.StandardSave(state),
+            data=ocp.args.JsonSave(position),
+            config=ocp.args.JsonSave(dataclasses.asdict(self._config)),
+        )
+        # A number that cannot be compared must not look like the best one.
+        value = value if np.isfinite(value) else float(np.finfo(np.float32).max)
+        self._manager.save(step, args=args, metrics={"value": value})
+
+    def restore(self, step: int, target: PyTree) -> tuple[PyTree, dict]:
+        """State and data position at a step. `target` gives shapes, types and shardings (as jax.ShapeDtypeStruct)."""
+        args = ocp.args.Composite(state=ocp.args.StandardRestore(target), data=ocp.args.JsonRestore())
+        restored = self._manager.restore(step, args=args)
+        return restored.state, restored.data
+
+    def selected(self) -> tuple[int, float]:
+        """Step and validation value of the best checkpoint."""
+        self._manager.wait_until_finished()
+        values = {step: self._manager.metrics(step)["value"] for step in self._manager.all_steps()}
+        step = min(values, key=lambda s: (values[s], -s))
+        return step, values[step]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Bundle:
+    """Everything that synthesis needs, in memory.
+
+    `latent_std` is the spread of BrainVAE's posterior averaged over the training trials; `offset` and `gain` correct a
+    decoded pattern to `offset + gain * pattern`. Voxels are in the data set's own order.
+    """
+
+    config: Config
+    params: dict  # {"brain_vae": ..., "mapper": ...}
+    voxels: Voxels
+    dataset: str
+    latent_std: Float[np.ndarray, "t d"]
+    offset: Float[np.ndarray, " v"]
+    gain: float
+
+    @classmethod
+    def uncorrected(
+        cls, config: Config, params: dict, dataset: Dataset, latent_std: Float[np.ndarray, "t d"]
+    ) -> "Bundle":
+        """A bundle whose decoded patterns are taken as they are."""
+        return cls(
+            config, params, dataset.voxels, dataset.name, latent_std, np.zeros(dataset.n_voxels, np.float32), 1.0
+        )
+
+
+def save_bundle(path: str | os.PathLike, bundle: Bundle) -> None:
+    """Writes a bundle folder, replacing one that is there; it appears whole or not at all."""
+    path = epath.Path(path).resolve()
+    unfinished = path.with_name(path.name + ".unfinished")
+    if unfinished.exists():
+        unfinished.rmtree()
+    unfinished.mkdir(parents=True)
+    write_text(unfinished / "config.json", bundle.config.to_json())
+    bundle.voxels.save(unfinished / "voxels.npz")
+    arrays = {"dataset": bundle.dataset, "latent_std": bundle.latent_std, "offset": bundle.offset, "gain": bundle.gain}
+    write_npz(unfinished / "synthesis.npz", {name: np.asarray(value) for name, value in arrays.items()})
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(unfinished / "params", bundle.params)
+    if path.exists():
+        path.rmtree()
+    unfinished.rename(path)
+
+
+def load_bundle(path: str | os.PathLike) -> Bundle:
+    """Reads a bundle folder. Raises InputError if it is not one, or not a whole one."""
+    path = epath.Path(path).resolve()
+    parts = ("config.json", "voxels.npz", "synthesis.npz", "params")
+    missing = [part for part in parts if not (path / part).exists()]
+    if missing:
+        raise InputError(
+            f"{path} is not a bundle: {', '.join(missing)} missing. Give the `bundle` folder inside a finished run's "
+            "workdir."
+        )
+    config = Config.from_json(read_text(path / "config.json"))
+    voxels = Voxels.load(path / "voxels.npz")
+    arrays = read_npz(path / "synthesis.npz")
+    with ocp.StandardCheckpointer() as checkpointer:
+        params = checkpointer.restore(path / "params", abstract_params(config))
+    return Bundle(
+        config=config,
+        params=params,
+        voxels=voxels,
+        dataset=str(arrays["dataset"]),
+        latent_std=arrays["latent_std"],
+        offset=arrays["offset"],
+        gain=float(arrays["gain"]),
+    )
+
+
+def abstract_params(config: Config) -> dict:
+    """Shapes and types of both models' parameters, on the first device, without computing any."""
+    key = jax.random.key(0)
+    tokens = jnp.zeros((1, config.mapper.tokens, config.mapper.width))
+    place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    shapes = jax.eval_shape(
+        lambda: {
+            # No parameter depends on the number of voxels.
+            "brain_vae": BrainVAE(config.brain_vae).init(key, jnp.zeros((1, 8)))["params"],
+            "mapper": SemanticToNeural(config.mapper).init(key, tokens)["params"],
+        }
+    )
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), shapes)
+
+
+def claim_workdir(workdir: str | os.PathLike, config: Config) -> None:
+    """Makes `workdir` the folder of this run, or goes on with it. Raises InputError if it belongs to another config."""
+    file = epath.Path(workdir) / "config.json"
+    if not file.exists():
+        write_text(file, config.to_json())
+        return
+    differences = Config.from_json(read_text(file)).differences(config)
+    if differences:
+        raise InputError(
+            f"{os.fspath(workdir)} belongs to another run ({'; '.join(differences)}). Choose another --workdir, "
+            "give the same settings to go on with that run, or delete the folder."
+        )

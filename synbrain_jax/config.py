@@ -1,0 +1,214 @@
+"""What one run is: frozen, validated dataclasses, to and from JSON. `configs/*.py` hold one instance each."""
+
+import dataclasses
+import difflib
+import json
+import types
+import typing
+from typing import Any, Literal, TypeVar
+
+from synbrain_jax.errors import InputError
+from synbrain_jax.models.brain_vae import BrainVAEConfig
+from synbrain_jax.models.semantic_to_neural import MapperConfig
+
+T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Which data set, and how its trials become training examples."""
+
+    builder: Literal["haxby2001", "arrays"] = "haxby2001"
+    """The packaged experiment, or your own arrays."""
+    source: str | None = None
+    """arrays: an .npz file, or a folder of .npy files, with fmri, tokens, stimulus_id, run."""
+    normalisation: Literal["none", "run_zscore"] = "none"
+    """arrays: leave the values as they are, or z-score each voxel within each run."""
+    test_runs: tuple[int, ...] = ()
+    """arrays: runs held out for the test. Without runs and without a `split` array, a share of the stimuli is."""
+    validation_runs: tuple[int, ...] = ()
+    """arrays: runs held out for validation."""
+    voxel_order: Literal["hilbert", "given"] = "hilbert"
+    """Order of voxels at the model's door: along a space-filling curve, or as the data set has them."""
+    permute: Literal["none", "trial"] = "none"
+    """Control: with "trial", stimulus labels are permuted among the training trials, so that nothing can be learnt."""
+    shift_test_tokens: int = 0
+    """Control: at test, stimulus i gets the tokens of stimulus i + this."""
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW (Loshchilov and Hutter 2019), learning-rate schedule, gradient clipping and weight averaging."""
+
+    learning_rate: float = 1e-4
+    schedule: Literal["constant", "cosine"] = "constant"
+    """Constant, or a half cosine to zero at the last step."""
+    warmup_steps: int = 0
+    """Steps of linear increase from zero."""
+    weight_decay: float = 0.0
+    clip_norm: float | None = None
+    """Largest global gradient norm; None: no clipping."""
+    ema_decay: float | None = None
+    """Decay per step of the exponential moving average of the parameters, which is then the result; None: none."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage1Config:
+    """Training of BrainVAE: squared error + kl_weight x KL + clip_weight x soft-CLIP."""
+
+    steps: int = 1000
+    batch_size: int = 24
+    optimizer: OptimizerConfig = OptimizerConfig(weight_decay=0.05)
+    kl_weight: float = 0.001
+    """Multiplies the KL (nats), against the sum of squared errors over voxels."""
+    clip_weight: float = 1000 / 15724
+    """Multiplies soft-CLIP: against the squared error per voxel, or with "sum" against its sum over voxels."""
+    loss_scale: Literal["voxel", "sum"] = "voxel"
+    """All terms divided by the number of voxels, so that one setting serves every subject; or their plain sum."""
+    average_share: float = 0.0
+    """Share of each batch that is the mean of several trials of one stimulus, so that means decode well."""
+    eval_every: int = 100
+    """Steps between validations; each writes a checkpoint."""
+    select: str = "val/loss"
+    """Validation number whose smallest value picks the checkpoint."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage2Config:
+    """Training of the mapper against latents of the frozen BrainVAE."""
+
+    steps: int = 1000
+    batch_size: int = 24
+    optimizer: OptimizerConfig = OptimizerConfig(clip_norm=1.0, ema_decay=0.999)
+    target: Literal["stimulus_mean", "trial"] = "stimulus_mean"
+    """Latents averaged over the trials of a stimulus and computed once (the same minimiser with less variance), or the
+    latent of one trial per example, encoded in the step (as released)."""
+    voxel_weight: float = 0.0
+    """Adds this times the voxel MSE of the decoded prediction; for stimulus_mean targets."""
+    eval_every: int = 100
+    """Steps between validations; each writes a checkpoint."""
+    select: str = "val/mse"
+    """Validation number whose smallest value picks the checkpoint."""
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each mesh axis; -1 in `data` takes all that are left."""
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """One experiment: data, both models, both stages."""
+
+    name: str
+    seed: int = 0
+    data: DataConfig = DataConfig()
+    brain_vae: BrainVAEConfig = dataclasses.field(default_factory=BrainVAEConfig.small)
+    mapper: MapperConfig = dataclasses.field(default_factory=MapperConfig.small)
+    stage1: Stage1Config = Stage1Config()
+    stage2: Stage2Config = Stage2Config()
+    mesh: MeshConfig = MeshConfig()
+    calibrate: bool = True
+    """Correct the decoded pattern by an offset per voxel (from training) and one gain (from validation)."""
+    log_every: int = 20
+    """Steps between logged training numbers, and between checks that the loss is finite."""
+
+    def __post_init__(self):
+        vae, mapper = self.brain_vae, self.mapper
+        _require(
+            (vae.latent_tokens, vae.latent_dim) == (mapper.tokens, mapper.width),
+            f"brain_vae gives latents [{vae.latent_tokens}, {vae.latent_dim}] but mapper works on "
+            f"[{mapper.tokens}, {mapper.width}]; they must be equal",
+        )
+        _require(mapper.width % mapper.heads == 0, f"mapper.heads {mapper.heads} does not divide width {mapper.width}")
+        _require(mapper.width % 2 == 0, f"mapper.width is {mapper.width}; it must be even")
+        _require(mapper.prediction in ("x", "v"), f"mapper.prediction is {mapper.prediction!r}; expected 'x' or 'v'")
+        levels = len(vae.channel_mult)
+        for field, count in (("num_down_blocks", vae.num_down_blocks), ("num_up_blocks", vae.num_up_blocks)):
+            _require(0 <= count <= levels, f"brain_vae.{field} is {count}; expected 0 to {levels}")
+        _require(
+            vae.pool_length % 2**vae.num_down_blocks == 0,
+            f"brain_vae.pool_length {vae.pool_length} cannot be halved {vae.num_down_blocks} times",
+        )
+        for field, value in (("brain_vae.dtype", vae.dtype), ("mapper.dtype", mapper.dtype)):
+            _require(value in ("float32", "bfloat16"), f"{field} is {value!r}; expected 'float32' or 'bfloat16'")
+        for name, stage in (("stage1", self.stage1), ("stage2", self.stage2)):
+            for field in ("steps", "batch_size", "eval_every"):
+                value = getattr(stage, field)
+                _require(value >= 1, f"{name}.{field} is {value}; expected at least 1")
+            _require(stage.optimizer.learning_rate > 0, f"{name}.optimizer.learning_rate must be above 0")
+        _require(
+            0 <= self.stage1.average_share <= 1, f"stage1.average_share is {self.stage1.average_share}, not 0 to 1"
+        )
+        _require(
+            self.data.builder != "arrays" or self.data.source is not None,
+            "data.source is not given; the `arrays` data set needs your .npz file or folder: --data.source PATH",
+        )
+        _require(self.log_every >= 1, f"log_every is {self.log_every}; expected at least 1")
+
+    def to_json(self) -> str:
+        """JSON text with every field."""
+        return json.dumps(dataclasses.asdict(self), indent=2)
+
+    @classmethod
+    def from_json(cls, text: str) -> "Config":
+        """The config of a JSON text. Missing fields take their defaults; an unknown one is an InputError."""
+        try:
+            values = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise InputError(f"the configuration is not valid JSON: {error}") from error
+        return _parse(cls, values, "config")
+
+    def differences(self, other: "Config") -> list[str]:
+        """One line per field in which two configs differ: "stage1.steps: 400 here, 300 there"."""
+        here, there = _flatten(dataclasses.asdict(self)), _flatten(dataclasses.asdict(other))
+        return [f"{k}: {here.get(k)!r} here, {there.get(k)!r} there" for k in here if here.get(k) != there.get(k)]
+
+
+def nearest(name: str, known: typing.Iterable[str]) -> str:
+    """ "; did you mean 'x'?" if something known resembles `name`, else the list of what is known."""
+    known = sorted(known)
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise InputError(message)
+
+
+def _flatten(tree: dict, prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for key, value in tree.items():
+        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def _parse(kind: type[T], value: Any, field: str) -> T:
+    """`value`, as it came from JSON, as the annotated type `kind`; errors name the field by its dotted path."""
+    origin, options = typing.get_origin(kind), typing.get_args(kind)
+    if dataclasses.is_dataclass(kind):
+        _require(isinstance(value, dict), f"{field} is {value!r}; expected an object with fields")
+        hints = typing.get_type_hints(kind)
+        for key in value.keys() - hints.keys():
+            raise InputError(f"{field}.{key} is not a known setting{nearest(key, hints)}")
+        try:
+            return kind(**{key: _parse(hints[key], item, f"{field}.{key}") for key, item in value.items()})
+        except TypeError as error:
+            raise InputError(f"{field}: {error}") from error
+    if origin is Literal:
+        _require(value in options, f"{field} is {value!r}; expected one of {', '.join(map(repr, options))}")
+        return value
+    if origin in (types.UnionType, typing.Union):
+        return None if value is None else _parse(next(o for o in options if o is not types.NoneType), value, field)
+    if origin is tuple:
+        _require(isinstance(value, list | tuple), f"{field} is {value!r}; expected a list")
+        return tuple(_parse(options[0], item, f"{field}[{i}]") for i, item in enumerate(value))
+    accepted = (int, float) if kind is float else kind
+    valid = isinstance(value, accepted) and (kind is bool or not isinstance(value, bool))
+    _require(valid, f"{field} is {value!r}; expected {kind.__name__}")
+    return float(value) if kind is float else value

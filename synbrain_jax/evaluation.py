@@ -1,0 +1,262 @@
+"""A model and its baselines, scored by the same functions against held-out measurements, beside the noise ceiling.
+
+Everything is fitted on training trials; the test split is only predicted and scored. The measured target of a
+stimulus is the mean over runs of its mean pattern in each run.
+
+Shape letters: s stimuli, v voxels, n trials, t tokens, d token width.
+"""
+
+import dataclasses
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from itertools import chain, cycle
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from synbrain_jax import metrics
+from synbrain_jax.baselines import baseline_predictions
+from synbrain_jax.data.pairs import Trials
+from synbrain_jax.data.voxels import Voxels
+from synbrain_jax.errors import InputError
+
+CEILING_DRAWS = 100
+MAX_SIMULATED_VALUES = 500_000_000  # over all draws: 10 draws at 3,000 trials of 15,724 voxels
+
+
+# ---- scores ----------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Evaluation:
+    """What `evaluate` returns.
+
+    report: the content of report.json, {"dataset", "split", "n_stimuli", "n_trials", "n_voxels", "scores"}.
+    arrays: for figures and re-analysis, float32 unless said: stimulus_id [s] (text), prediction, target and both
+      centred over stimuli (prediction_centred, target_centred) [s v], voxel_r [v] of the model, voxel_r_ceiling [v]
+      where stimuli repeat, and prediction_NAME [s v] of every other row but the ceiling.
+    """
+
+    report: dict[str, Any]
+    arrays: dict[str, np.ndarray]
+
+
+def evaluate(
+    model_prediction: Float[np.ndarray, "s v"],
+    *,
+    train: Trials,
+    validation: Trials,
+    test: Trials,
+    voxels: Voxels,
+    dataset: str,
+    split: str = "test",
+    extra: Mapping[str, Float[np.ndarray, "s v"]] | None = None,
+) -> Evaluation:
+    """Scores the model's predictions of the stimuli of `test` beside the baselines and the noise ceiling.
+
+    Rows, in this order: model, `extra` (further predictions by name), stimulus_mean (only if every test stimulus
+    occurs in training), ridge, kernel_ridge, mean_pattern, noise_ceiling (only if stimuli repeat). `validation`
+    serves the noise ceiling alone, whose true signal is estimated from the repeats of all splits.
+
+    Args:
+        model_prediction: one pattern per stimulus of `test`, in its order; voxels in the data set's own order.
+        split: what `test` is called in the report.
+
+    Raises:
+        InputError: a prediction has the wrong shape or is not finite, or a split cannot be scored or learnt from.
+    """
+    baselines = baseline_predictions(train, test)
+    rows = {"model": model_prediction, **(extra or {}), **baselines}
+    taken = {"model", "noise_ceiling", *baselines}.intersection(extra or {})
+    if taken:
+        raise InputError(f"extra: {', '.join(sorted(taken))} is a row of its own; give this prediction another name")
+    scores = {name: score(prediction, test) for name, prediction in rows.items()}
+
+    target = stimulus_targets(test)
+    arrays = {
+        "stimulus_id": np.array(test.stimulus_id),
+        "prediction": model_prediction,
+        "target": target,
+        "prediction_centred": centred(model_prediction),
+        "target_centred": centred(target),
+        "voxel_r": np.asarray(metrics.voxel_pearson(model_prediction, target)),
+        **{f"prediction_{name}": prediction for name, prediction in rows.items() if name != "model"},
+    }
+    ceiling = estimate_noise_ceiling(train, validation, test, voxels)
+    if ceiling is not None:
+        scores["noise_ceiling"] = ceiling.scores
+        arrays["voxel_r_ceiling"] = ceiling.voxel_r
+    report = {
+        "dataset": dataset,
+        "split": split,
+        "n_stimuli": len(test.stimulus_id),
+        "n_trials": len(test.fmri),
+        "n_voxels": test.fmri.shape[1],
+        "scores": scores,
+    }
+    return Evaluation(report, arrays)
+
+
+def score(prediction: Float[np.ndarray, "s v"], trials: Trials) -> dict[str, float]:
+    """All metrics of one prediction per stimulus of `trials`; finite numbers.
+
+    Against the target (`stimulus_targets`): voxel_r_mean and voxel_r_median (over voxels), pattern_r, mse, cosine
+    (means over stimuli), explained_variance (median over voxels). With prediction and target both centred over the
+    stimuli, so that a pattern common to all earns nothing: pattern_r_centred, identification_top1,
+    identification_two_way (means over stimuli). Where every run holds every stimulus, centring the target is the
+    same as removing each run's mean over its stimuli. Against each single trial, as the SynBrain paper reports:
+    trial_mse, trial_pattern_r, trial_cosine (means over trials).
+
+    Raises InputError where the prediction has the wrong shape or is not finite, or `trials` has fewer than two
+    stimuli or one without a trial.
+    """
+    target = stimulus_targets(trials)
+    if prediction.shape != target.shape:
+        raise InputError(
+            f"prediction has shape {prediction.shape}, expected {target.shape}: one pattern of all voxels per stimulus"
+        )
+    if not np.isfinite(prediction).all():
+        raise InputError("prediction holds NaN or infinite values; check the model that made it")
+    scores = _scores(prediction, centred(prediction), target, centred(target), trials.fmri, trials.stimulus)
+    return {name: float(value) for name, value in jax.device_get(scores).items()}
+
+
+@jax.jit
+def _scores(
+    prediction: Float[Array, "s v"],
+    prediction_centred: Float[Array, "s v"],
+    target: Float[Array, "s v"],
+    target_centred: Float[Array, "s v"],
+    fmri: Float[Array, "n v"],
+    stimulus: Int[Array, "n"],
+) -> OrderedDict[str, Float[Array, ""]]:  # a plain dict would come out of jit sorted by name
+    voxel_r = metrics.voxel_pearson(prediction, target)
+    of_trial = prediction[stimulus]
+    return OrderedDict(
+        voxel_r_mean=jnp.mean(voxel_r),
+        voxel_r_median=jnp.median(voxel_r),
+        pattern_r=jnp.mean(metrics.pattern_pearson(prediction, target)),
+        pattern_r_centred=jnp.mean(metrics.pattern_pearson(prediction_centred, target_centred)),
+        mse=jnp.mean(metrics.mse(prediction, target)),
+        cosine=jnp.mean(metrics.cosine(prediction, target)),
+        explained_variance=jnp.median(metrics.explained_variance(prediction, target)),
+        identification_top1=jnp.mean(metrics.identification_top1(prediction_centred, target_centred)),
+        identification_two_way=jnp.mean(metrics.identification_two_way(prediction_centred, target_centred)),
+        trial_mse=jnp.mean(metrics.mse(of_trial, fmri)),
+        trial_pattern_r=jnp.mean(metrics.pattern_pearson(of_trial, fmri)),
+        trial_cosine=jnp.mean(metrics.cosine(of_trial, fmri)),
+    )
+
+
+def stimulus_targets(trials: Trials) -> Float[np.ndarray, "s v"]:
+    """The measured response to each stimulus: the mean over runs of its mean pattern in each run, float32.
+
+    Raises InputError below two stimuli, or where a stimulus has no trial.
+    """
+    n_stimuli = len(trials.stimulus_id)
+    if n_stimuli < 2:
+        raise InputError(f"the split has {n_stimuli} stimulus; expected at least 2, or no score is defined")
+    absent = sorted(set(range(n_stimuli)) - set(trials.stimulus.tolist()))
+    if absent:
+        raise InputError(f"stimulus '{trials.stimulus_id[absent[0]]}' has no trial in the split; remove it")
+    blocks, of_trial = np.unique(np.stack([trials.stimulus, trials.run], axis=1), axis=0, return_inverse=True)
+    return metrics.group_means(metrics.group_means(trials.fmri, of_trial.reshape(-1)), blocks[:, 0])
+
+
+def centred(patterns: Float[np.ndarray, "s v"]) -> Float[np.ndarray, "s v"]:
+    """Removes the mean pattern over stimuli; exactly 0 where all patterns are equal. float32, float64 inside."""
+    return (patterns - patterns.mean(axis=0, dtype=np.float64)).astype(np.float32)
+
+
+def shifted_tokens_control(
+    predict: Callable[[Float[np.ndarray, "s t d"]], Float[np.ndarray, "s v"]], test: Trials
+) -> float:
+    """Mean pattern_r_centred over the s - 1 cyclic shifts of the tokens: no stimulus is given its own tokens.
+
+    About -1 / (s - 1) of the true score if the prediction follows the tokens, the true score if it ignores them.
+    """
+    target = centred(stimulus_targets(test))
+    shifted = (predict(np.roll(test.tokens, shift, axis=0)) for shift in range(1, len(target)))
+    return float(np.mean([metrics.pattern_pearson(centred(patterns), target) for patterns in shifted]))
+
+
+# ---- noise ceiling ---------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class NoiseCeiling:
+    """What a perfect predictor would score: the metrics of `score`, and its voxel r for each voxel."""
+
+    scores: dict[str, float]
+    voxel_r: Float[np.ndarray, "v"]
+
+
+def estimate_noise_ceiling(train: Trials, validation: Trials, test: Trials, voxels: Voxels) -> NoiseCeiling | None:
+    """Scores of the true mean responses on `test`, given its measurement noise; None if nothing repeats.
+
+    Voxel r: NSD's formula, from `voxels.ncsnr` and the repeats averaged in the target. All other metrics: `score`
+    of a simulated truth on simulated measurements, mean over seeded draws. Truth: each stimulus's mean over its
+    repeats in all splits, drawn towards the mean pattern until each voxel keeps the signal part of its variance
+    (the noise ceiling of that many repeats). Measurement: truth plus real residuals, whole patterns, as many
+    trials and repeats as in `test`, so that noise correlations stay. The repeats of one simulated run come from
+    one real run where it has enough, so that noise common to a run is common here, and centring removes it.
+    A ceiling is an expectation: on few stimuli a lucky test set lets a good prediction pass it.
+    """
+    splits = [train, *([validation] if validation is not test else []), test]
+    place = {name: index for index, name in enumerate(dict.fromkeys(chain(*(part.stimulus_id for part in splits))))}
+    places = [np.array([place[name] for name in part.stimulus_id]) for part in splits]
+    stimulus = np.concatenate([index[part.stimulus] for index, part in zip(places, splits, strict=True)])
+    run = np.concatenate([part.run for part in splits])
+    fmri = np.concatenate([part.fmri for part in splits])
+    repeats = metrics.repeats(fmri, stimulus, run)
+    n_repeats = np.bincount(repeats.stimulus)
+    if voxels.ncsnr is None or n_repeats.max() == 1:
+        return None
+
+    means = metrics.group_means(repeats.fmri, repeats.stimulus)
+    mean_pattern = means.mean(axis=0)
+    kept = np.stack([metrics.noise_ceiling_r(voxels.ncsnr, int(n_repeats[index])) for index in places[-1]])
+    truth = (mean_pattern + kept * (means[places[-1]] - mean_pattern)).astype(np.float32)
+
+    in_test = repeats.of_trial[-len(test.fmri) :]
+    averaged = np.array([len(np.unique(in_test[test.stimulus == s])) for s in range(len(truth))])
+    voxel_r = metrics.noise_ceiling_r(voxels.ncsnr, averaged).astype(np.float32)
+
+    # A mean of K repeats lies closer to them than the truth does: K - 1 parts of K of the noise variance.
+    widen = np.sqrt(n_repeats / np.maximum(n_repeats - 1, 1))[stimulus][:, None]
+    rng = np.random.default_rng(0)
+    draws = []
+    for _ in range(int(np.clip(MAX_SIMULATED_VALUES // test.fmri.size, 1, CEILING_DRAWS))):
+        row = _draw_residuals(rng, repeats, run, test)
+        repeat = repeats.fmri[repeats.of_trial[row]]
+        residual = fmri[row] - repeat + widen[row] * (repeat - means[stimulus[row]])
+        simulated = (truth[test.stimulus] + residual).astype(np.float32)
+        draws.append(score(truth, dataclasses.replace(test, fmri=simulated)))
+    scores = {name: float(np.mean([draw[name] for draw in draws])) for name in draws[0]}
+    scores |= {"voxel_r_mean": float(np.mean(voxel_r)), "voxel_r_median": float(np.median(voxel_r))}
+    return NoiseCeiling(scores, voxel_r)
+
+
+def _draw_residuals(
+    rng: np.random.Generator, repeats: metrics.Repeats, run: Int[np.ndarray, "_"], test: Trials
+) -> Int[np.ndarray, "n"]:
+    """For each trial of `test`, the row of the pooled trials (those of `test` last) that lends its residual."""
+    rows_of_repeat = metrics.group_rows(repeats.of_trial)
+    run_of_repeat = np.array([run[rows[0]] for rows in rows_of_repeat])
+    lenders = np.flatnonzero(np.bincount(repeats.stimulus)[repeats.stimulus] > 1)
+    in_test = repeats.of_trial[-len(test.fmri) :]
+    row = np.empty(len(test.fmri), int)
+    # Runs in random order, those with more repeats earlier; each lends again only when all have lent.
+    lending_runs = cycle(dict.fromkeys(run_of_repeat[rng.permutation(lenders)]))
+    for test_run, lending_run in zip(np.unique(test.run), lending_runs, strict=False):
+        borrowers = np.unique(in_test[test.run == test_run])
+        same_run = lenders[run_of_repeat[lenders] == lending_run]
+        candidates = same_run if len(same_run) >= len(borrowers) else lenders
+        chosen = rng.choice(candidates, len(borrowers), replace=len(candidates) < len(borrowers))
+        for borrower, lender in zip(borrowers, chosen, strict=True):
+            trials, lent = np.flatnonzero(in_test == borrower), rows_of_repeat[lender]
+            row[trials] = rng.choice(lent, len(trials), replace=len(lent) < len(trials))
+    return row

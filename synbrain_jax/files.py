@@ -1,0 +1,51 @@
+"""Small files that appear whole or not at all, on a local disk or in a bucket. A leaf: imported by every other room."""
+
+import io
+import os
+import zipfile
+
+import numpy as np
+from etils import epath
+
+from synbrain_jax.errors import InputError
+
+
+def write_bytes(path: str | os.PathLike, content: bytes) -> None:
+    """Writes a file beside `path` and renames it: a reader sees the old file or the whole new one."""
+    path = epath.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(path.name + ".unfinished")
+    try:
+        unfinished.write_bytes(content)
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """`write_bytes` of UTF-8 text."""
+    write_bytes(path, text.encode())
+
+
+def read_text(path: str | os.PathLike) -> str:
+    """A file's UTF-8 text; InputError names the file if it cannot be read."""
+    try:
+        return epath.Path(path).read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{os.fspath(path)}: cannot be read ({error})") from error
+
+
+def write_npz(path: str | os.PathLike, arrays: dict[str, np.ndarray]) -> None:
+    """`write_bytes` of the arrays as one .npz."""
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays)
+    write_bytes(path, buffer.getvalue())
+
+
+def read_npz(path: str | os.PathLike) -> dict[str, np.ndarray]:
+    """All arrays of an .npz; InputError if it is missing, damaged or holds Python objects."""
+    try:
+        with np.load(io.BytesIO(epath.Path(path).read_bytes()), allow_pickle=False) as file:
+            return {name: file[name] for name in file.files}
+    except (OSError, ValueError, EOFError, AttributeError, zipfile.BadZipFile) as error:
+        raise InputError(f"{os.fspath(path)}: cannot be read as an .npz file ({error})") from error

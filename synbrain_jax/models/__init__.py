@@ -1,0 +1,1 @@
+"""Pure Flax linen modules: `params` in, arrays out. No losses, no files."""

@@ -1,0 +1,166 @@
+"""The semantic-to-neural mapper: from a picture's CLIP tokens to BrainVAE's latent, in one step.
+
+SynBrain (arXiv 2508.10298), section 3.3: a diffusion-transformer stack (DiT, Peebles and Xie 2023; SiT, Ma et al.
+2024) used without diffusion. Its time input is 0 in training and in synthesis, so all conditioning is one vector; it is
+computed once per batch, and its parameters are kept because the released weights have them.
+
+Differences from the release: the fixed position table is a constant and not a parameter; the conditioning is not
+repeated over the batch. The numbers are the same.
+
+Shape letters: b batch, t tokens, d token width.
+"""
+
+import dataclasses
+
+import flax.linen as nn
+import jax.numpy as jnp
+from einops import rearrange
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from synbrain_jax.models.layers import position_embedding, timestep_embedding
+
+LAYER_NORM_EPS = 1e-6
+TIME_FREQUENCIES = 256
+_xavier = nn.initializers.xavier_uniform()
+
+
+@dataclasses.dataclass(frozen=True)
+class MapperConfig:
+    """Architecture of the mapper. Input and output are both [tokens, width]."""
+
+    tokens: int = 256
+    width: int = 1664
+    depth: int = 8
+    heads: int = 13
+    mlp_ratio: float = 4.0
+    prediction: str = "x"
+    """What the network's output is: "x", the latent itself, or "v", the latent minus the tokens."""
+    dtype: str = "float32"
+    """Compute type, "float32" or "bfloat16"; parameters, normalisation and softmax stay float32."""
+    remat: bool = False
+    """Recompute each block in the backward pass."""
+
+    @classmethod
+    def paper(cls, **changes) -> "MapperConfig":
+        """The released mapper: 410,430,592 parameters."""
+        return cls(**changes)
+
+    @classmethod
+    def small(cls, **changes) -> "MapperConfig":
+        """For small data sets with 12 tokens of width 32: 50,272 parameters."""
+        return cls(**{**dict(tokens=12, width=32, depth=2, heads=2), **changes})
+
+
+def _dense(features: int, dtype: DTypeLike, name: str, kernel_init=_xavier) -> nn.Dense:
+    return nn.Dense(features, dtype=dtype, kernel_init=kernel_init, name=name)
+
+
+def _modulated_norm(x: Array, shift: Array, scale: Array) -> Array:
+    norm = nn.LayerNorm(LAYER_NORM_EPS, use_bias=False, use_scale=False, use_fast_variance=False, dtype=jnp.float32)
+    return norm(x) * (1 + scale) + shift
+
+
+class _Modulation(nn.Module):
+    """`count` vectors of the tokens' width from the conditioning; zero at initialisation (adaLN-zero)."""
+
+    count: int
+    width: int
+    dtype: DTypeLike
+
+    @nn.compact
+    def __call__(self, c: Float[Array, "b d"]) -> list[Float[Array, "b 1 d"]]:
+        out = _dense(self.count * self.width, self.dtype, "linear", nn.initializers.zeros)(nn.silu(c))
+        return jnp.split(out.astype(jnp.float32)[:, None], self.count, axis=-1)
+
+
+class TimeEmbedding(nn.Module):
+    """Conditioning vector of a time."""
+
+    width: int
+    dtype: DTypeLike
+
+    @nn.compact
+    def __call__(self, t: Float[Array, " b"]) -> Float[Array, "b d"]:
+        init = nn.initializers.normal(0.02)
+        h = nn.silu(_dense(self.width, self.dtype, "dense_0", init)(timestep_embedding(t, TIME_FREQUENCIES)))
+        return _dense(self.width, self.dtype, "dense_1", init)(h)
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self-attention over tokens."""
+
+    heads: int
+    dtype: DTypeLike
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
+        qkv = _dense(3 * x.shape[-1], self.dtype, "qkv")(x.astype(self.dtype))
+        q, k, v = rearrange(qkv, "b t (three h e) -> three b h t e", three=3, h=self.heads)
+        scores = jnp.einsum("bhqe,bhke->bhqk", q, k, preferred_element_type=jnp.float32)
+        weights = nn.softmax(scores * q.shape[-1] ** -0.5, axis=-1).astype(self.dtype)
+        out = rearrange(jnp.einsum("bhqk,bhke->bhqe", weights, v), "b h t e -> b t (h e)")
+        return _dense(x.shape[-1], self.dtype, "proj")(out)
+
+
+class MLP(nn.Module):
+    """Two linear layers around a tanh-approximated GELU."""
+
+    hidden: int
+    dtype: DTypeLike
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
+        h = nn.gelu(_dense(self.hidden, self.dtype, "fc1")(x.astype(self.dtype)), approximate=True)
+        return _dense(x.shape[-1], self.dtype, "fc2")(h)
+
+
+class Block(nn.Module):
+    """Attention and MLP, each on a modulated normalisation and added through a gate."""
+
+    config: MapperConfig
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b t d"], c: Float[Array, "c d"]) -> Float[Array, "b t d"]:
+        cfg, dtype = self.config, jnp.dtype(self.config.dtype)
+        modulation = _Modulation(6, cfg.width, dtype, name="modulation")(c)
+        shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = modulation
+        attn = SelfAttention(cfg.heads, dtype, name="attn")
+        mlp = MLP(int(cfg.width * cfg.mlp_ratio), dtype, name="mlp")
+        x = x + gate_attn * attn(_modulated_norm(x, shift_attn, scale_attn))
+        return x + gate_mlp * mlp(_modulated_norm(x, shift_mlp, scale_mlp))
+
+
+class SemanticToNeural(nn.Module):
+    """One-step mapper from CLIP tokens to BrainVAE latents. A fresh one outputs exactly zero.
+
+    >>> import jax
+    >>> model = SemanticToNeural(MapperConfig.small())
+    >>> tokens = jnp.ones((2, 12, 32))
+    >>> params = model.init(jax.random.key(0), tokens)["params"]
+    >>> float(jnp.abs(model.apply({"params": params}, tokens)).max())
+    0.0
+    """
+
+    config: MapperConfig
+
+    @nn.compact
+    def __call__(self, tokens: Float[Array, "b t d"], time: Float[Array, " b"] | None = None) -> Float[Array, "b t d"]:
+        """The network's output, float32: the latent or the difference to it (`config.prediction`).
+
+        `time` is 0 for every element when it is not given, which is how the system is trained and used.
+        """
+        cfg, dtype = self.config, jnp.dtype(self.config.dtype)
+        block = nn.remat(Block) if cfg.remat else Block
+        c = TimeEmbedding(cfg.width, dtype, name="time")(jnp.zeros(1) if time is None else time)
+        x = tokens + position_embedding(cfg.tokens, cfg.width)[None]
+        for i in range(cfg.depth):
+            x = block(cfg, name=f"block_{i}")(x, c)
+        shift, scale = _Modulation(2, cfg.width, dtype, name="final_modulation")(c)
+        x = _modulated_norm(x, shift, scale).astype(dtype)
+        return _dense(cfg.width, dtype, "final", nn.initializers.zeros)(x).astype(jnp.float32)
+
+    def predict_latent(self, tokens: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
+        """The latent of each picture."""
+        output = self(tokens)
+        return tokens + output if self.config.prediction == "v" else output

@@ -1,0 +1,71 @@
+"""What a run says while it trains: a bar on a terminal or plain lines, JSON lines and TensorBoard in its folder.
+
+A room of its own so that the training loop holds nothing but training.
+"""
+
+import json
+import os
+import sys
+import time
+
+from etils import epath
+from tensorboardX import SummaryWriter
+from tqdm import tqdm
+
+from synbrain_jax.files import read_text, write_text
+
+
+class Progress:
+    """The log of one stage from step `start` to `steps`. Use as a context manager.
+
+    What a killed run wrote after its last checkpoint is dropped, because those steps are run again.
+    """
+
+    def __init__(self, folder: str | os.PathLike, name: str, start: int, steps: int):
+        self._folder, self._name, self._start, self._steps = epath.Path(folder), name, start, steps
+        self._lines = self._folder / "metrics.jsonl"
+        kept = []
+        if self._lines.exists():
+            lines = [line for line in read_text(self._lines).splitlines() if line.endswith("}")]
+            kept = [line + "\n" for line in lines if json.loads(line)["step"] <= start]
+        write_text(self._lines, "".join(kept))
+
+    def __enter__(self) -> "Progress":
+        self._events = SummaryWriter(os.fspath(self._folder / "events"), purge_step=self._start + 1)
+        self._terminal = sys.stderr.isatty()
+        self._bar = tqdm(
+            total=self._steps, initial=self._start, desc=self._name, unit="step", disable=not self._terminal
+        )
+        self._shown: dict[str, str] = {}
+        self._since = time.monotonic()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._bar.close()
+        self._events.close()
+
+    def log(self, step: int, kind: str, numbers: dict[str, float]) -> None:
+        """Records `numbers` of a step under "kind/name"."""
+        named = {f"{kind}/{name}": value for name, value in numbers.items()}
+        with self._lines.open("a") as file:
+            file.write(json.dumps({"step": step, **named}) + "\n")
+        for name, value in named.items():
+            self._events.add_scalar(name, value, step)
+        self._shown |= {name: f"{value:.4g}" for name, value in named.items() if name.endswith(("/loss", "/mse"))}
+        if self._terminal:
+            self._bar.set_postfix(self._shown)
+            return
+        elapsed, done = time.monotonic() - self._since, step - self._start
+        left = (self._steps - step) * elapsed / done
+        shown = "  ".join(f"{name} {value:.4g}" for name, value in named.items())
+        rate = f"{done / elapsed:.1f} steps/s, {left:.0f} s left"
+        print(f"{self._name} {step}/{self._steps}  {shown}  ({rate})", file=sys.stderr, flush=True)
+
+    def advance(self, step: int) -> None:
+        """Moves the bar to `step`."""
+        self._bar.update(step - self._bar.n)
+
+    def write_selected(self, step: int, metric: str, value: float) -> None:
+        """Notes which checkpoint validation picked."""
+        text = json.dumps({"step": step, "metric": metric, "value": value})
+        write_text(self._folder / "selected.json", text + "\n")

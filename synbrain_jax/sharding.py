@@ -1,0 +1,97 @@
+"""The one place that builds a mesh and says where arrays live.
+
+Mesh axes: `data` (batch), `fsdp` (batch, and a dimension of each large parameter), `tensor` (the other dimension). Each
+may be 1; one device is the trivial case. Parameters are placed by an ordered table of path patterns; one that no
+pattern matches is an error, so that a new parameter is a decision and not an accident.
+"""
+
+import re
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import PyTree
+
+from synbrain_jax.errors import InputError
+
+AXES = ("data", "fsdp", "tensor")
+BATCH = P(("data", "fsdp"))
+
+# First match wins. Shapes: convolution kernels [width, in, out], linear kernels [in, out].
+RULES: tuple[tuple[str, P], ...] = (
+    (r"encoder/conv_in/kernel$", P(None, None, "tensor")),  # one input channel
+    (r"decoder/conv_out/kernel$", P(None, "fsdp", None)),  # one output channel
+    (r"(conv\w*|shortcut|\w+sample|attn_1/[qkv])/kernel$", P(None, "fsdp", "tensor")),
+    (r"attn_1/proj_out/kernel$", P(None, "tensor", "fsdp")),
+    (r"p\w+_projector\w*/dense_\d/linear/kernel$", P("fsdp", "tensor")),
+    (r"attn/qkv/kernel$", P("fsdp", "tensor")),
+    (r"attn/proj/kernel$", P("tensor", "fsdp")),
+    (r"mlp/fc1/kernel$", P("fsdp", "tensor")),
+    (r"mlp/fc2/kernel$", P("tensor", "fsdp")),
+    (r"modulation/linear/kernel$", P("fsdp", "tensor")),
+    (r"time/dense_\d/kernel$", P("fsdp", "tensor")),
+    (r"final/kernel$", P("fsdp", "tensor")),
+    (r"(scale|bias)$", P()),
+)
+
+
+def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Mesh over `devices` (default: all); `data=-1` takes what `fsdp` and `tensor` leave.
+
+    Raises InputError when the sizes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else list(devices)
+    given = f"mesh of data={data}, fsdp={fsdp}, tensor={tensor}"
+    if min(fsdp, tensor) < 1 or (data < 1 and data != -1):
+        raise InputError(f"{given}: sizes must be positive (data may be -1: whatever is left)")
+    size = data if data != -1 else max(1, len(devices) // (fsdp * tensor))
+    if size * fsdp * tensor != len(devices):
+        raise InputError(f"{given} does not fit {len(devices)} devices; the product must be {len(devices)}")
+    grid = np.asarray(devices).reshape(size, fsdp, tensor)
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The whole array on every device."""
+    return NamedSharding(mesh, P())
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """The leading axis split over `data` and `fsdp`."""
+    return NamedSharding(mesh, BATCH)
+
+
+def batch_parts(mesh: Mesh) -> int:
+    """Into how many parts a batch is split."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def shard_batch(batch: PyTree, mesh: Mesh) -> PyTree:
+    """This process's rows of a batch as global arrays, sharded over the mesh."""
+    return jax.tree.map(lambda rows: jax.make_array_from_process_local_data(batch_sharding(mesh), rows), batch)
+
+
+def state_sharding(state: PyTree, mesh: Mesh) -> PyTree:
+    """A NamedSharding for every leaf of a tree of parameters, or of one that mirrors them (optimizer state, EMA).
+
+    Scalars are replicated. Raises ValueError for a leaf that no rule matches, InputError for one that cannot be split.
+    """
+    return jax.tree.map_with_path(lambda path, leaf: NamedSharding(mesh, _spec(path, leaf.shape, mesh)), state)
+
+
+def _spec(path: tuple, shape: tuple[int, ...], mesh: Mesh) -> P:
+    if not shape:
+        return P()
+    name = jax.tree_util.keystr(path, simple=True, separator="/")
+    spec = next((spec for pattern, spec in RULES if re.search(pattern, name)), None)
+    if spec is None:
+        raise ValueError(f"no sharding rule matches {name} {shape}; add one to synbrain_jax.sharding.RULES")
+    for size, axis in zip(shape, spec, strict=False):
+        if axis is not None and size % mesh.shape[axis]:
+            raise InputError(
+                f"{name} has shape {shape}: {size} cannot be split over mesh.{axis} = {mesh.shape[axis]}; "
+                f"choose a size of mesh.{axis} that divides the model's widths"
+            )
+    return spec

@@ -1,0 +1,241 @@
+"""The two stages of training: what each learns from, its loss, and its validation.
+
+Stage 1 trains BrainVAE on single trials (and means of several). Stage 2 freezes it and trains the mapper to hit its
+latents from the pictures' tokens. A room of its own because `training.py` knows neither models nor data.
+
+Shape letters: b batch, s stimuli, v voxels, t tokens, d token width.
+"""
+
+import dataclasses
+import os
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
+
+from synbrain_jax import losses, metrics
+from synbrain_jax.checkpoint import Bundle
+from synbrain_jax.config import Config, Stage1Config, Stage2Config
+from synbrain_jax.data.pairs import Dataset, Trials, training_batches
+from synbrain_jax.files import read_npz, write_npz
+from synbrain_jax.models.brain_vae import BrainVAE
+from synbrain_jax.models.semantic_to_neural import SemanticToNeural
+from synbrain_jax.synthesis import SynBrain, model_order
+from synbrain_jax.training import LossFunction, Stage
+
+
+def stage1(config: Config, dataset: Dataset, validation: Trials) -> Stage:
+    """BrainVAE on the training trials of a data set."""
+    model, settings = BrainVAE(config.brain_vae), config.stage1
+    order = model_order(config.data.voxel_order, dataset.voxels.order)
+    loss = brain_vae_loss(model, settings)
+    return Stage(
+        name="stage1",
+        config=settings,
+        # No parameter depends on the number of voxels.
+        init=lambda key: model.init(key, jnp.zeros((1, 8)))["params"],
+        loss=loss,
+        frozen={},
+        batches=training_batches(
+            dataset,
+            "train",
+            batch_size=settings.batch_size,
+            seed=config.seed,
+            average_share=settings.average_share,
+            order=order,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        ),
+        validate=_stage1_validation(loss, validation, order, settings.batch_size),
+    )
+
+
+def stage2(config: Config, dataset: Dataset, validation: Trials, brain_vae: PyTree, targets: Array | None) -> Stage:
+    """The mapper on the stimuli (or trials) of a data set; `targets` are the mean latents of `encode_stimuli`."""
+    mapper, vae, settings = SemanticToNeural(config.mapper), BrainVAE(config.brain_vae), config.stage2
+    order = model_order(config.data.voxel_order, dataset.voxels.order)
+    by_stimulus = settings.target == "stimulus_mean"
+    return Stage(
+        name="stage2",
+        config=settings,
+        init=lambda key: mapper.init(key, jnp.zeros((1, config.mapper.tokens, config.mapper.width)))["params"],
+        loss=mapper_loss(mapper, vae, settings),
+        frozen=brain_vae,
+        batches=training_batches(
+            dataset,
+            "train",
+            batch_size=settings.batch_size,
+            seed=config.seed + 1,
+            unit="stimulus" if by_stimulus else "trial",
+            targets=targets if by_stimulus else None,
+            order=order,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        ),
+        validate=_stage2_validation(mapper, vae, brain_vae, validation, order, settings.batch_size),
+    )
+
+
+def brain_vae_loss(model: BrainVAE, settings: Stage1Config) -> LossFunction:
+    """Squared error + KL + soft-CLIP of a batch, weighted and scaled as configured. The terms are logged unweighted:
+    `mse` per voxel, `kl` in nats, `soft_clip`."""
+
+    def loss(params, _frozen, batch, key: PRNGKeyArray | None):
+        out = model.apply({"params": params}, batch["fmri"], key)
+        voxels = batch["fmri"].shape[-1]
+        squared_error = losses.squared_error(out.reconstruction, batch["fmri"])
+        kl = losses.kl_to_standard_normal(out.posterior.mean, out.posterior.logvar)
+        soft_clip = losses.soft_clip(out.latent, batch["tokens"])
+        total = squared_error + settings.kl_weight * kl
+        if settings.loss_scale == "voxel":
+            total = total / voxels
+        total = total + settings.clip_weight * soft_clip
+        return total, {"loss": total, "mse": squared_error / voxels, "kl": kl, "soft_clip": soft_clip}
+
+    return loss
+
+
+def mapper_loss(mapper: SemanticToNeural, vae: BrainVAE, settings: Stage2Config) -> LossFunction:
+    """Latent MSE, plus the voxel MSE of the decoded prediction if it has a weight. `batch["latent"]` is the target if
+    it is there; otherwise `batch["fmri"]` is encoded."""
+
+    def loss(params, frozen, batch, _key):
+        tokens, fmri = batch["tokens"], batch["fmri"]
+        latent = batch.get("latent")
+        if latent is None:
+            latent = jax.lax.stop_gradient(vae.apply({"params": frozen}, fmri, method="encode").mean)
+        output = mapper.apply({"params": params}, tokens)
+        latent_mse = losses.mapper_mse(output, tokens, latent, mapper.config.prediction, batch.get("weight"))
+        terms = {"latent_mse": latent_mse}
+        total = latent_mse
+        if settings.voxel_weight:
+            predicted = tokens + output if mapper.config.prediction == "v" else output
+            pattern = vae.apply({"params": frozen}, predicted, fmri.shape[-1], method="decode")
+            terms["mse"] = losses.voxel_mse(pattern, fmri)
+            total = total + settings.voxel_weight * terms["mse"]
+        return total, {"loss": total, **terms}
+
+    return loss
+
+
+def encode_stimuli(
+    config: Config, dataset: Dataset, params: PyTree, folder: str | os.PathLike
+) -> tuple[Float[np.ndarray, "s t d"], Float[np.ndarray, "t d"]]:
+    """BrainVAE's view of the training set, computed once and kept in `folder`.
+
+    Returns:
+        The posterior mean averaged over the trials of each training stimulus, in record order, as a memory map: with a
+        squared error the mapper's best output depends on nothing else. And the root mean posterior variance over all
+        trials.
+    """
+    folder = epath.Path(folder)
+    targets_file, std_file = folder / "targets.npy", folder / "latent_std.npz"
+    if not targets_file.exists():
+        vae = BrainVAE(config.brain_vae)
+        encode = jax.jit(lambda params, fmri: vae.apply({"params": params}, fmri, method="encode"))
+        order = model_order(config.data.voxel_order, dataset.voxels.order)
+        records, batch = dataset.records("train"), config.stage1.batch_size
+        shape = (config.brain_vae.latent_tokens, config.brain_vae.latent_dim)
+        folder.mkdir(parents=True, exist_ok=True)
+        unfinished = folder / "targets.npy.unfinished"
+        targets = np.lib.format.open_memmap(unfinished, "w+", np.float32, (len(records), *shape))
+        variance, trials = np.zeros(shape), 0
+        for i in range(len(records)):
+            fmri = records[i].fmri[:, order]
+            total = np.zeros(shape)
+            for start in range(0, len(fmri), batch):
+                part = fmri[start : start + batch]
+                # Padded, so that one program serves every number of trials.
+                mean, logvar = jax.device_get(encode(params, np.pad(part, ((0, batch - len(part)), (0, 0)))))
+                total += mean[: len(part)].sum(0, dtype=np.float64)
+                variance += np.exp(logvar[: len(part)]).sum(0, dtype=np.float64)
+            targets[i] = total / len(fmri)
+            trials += len(fmri)
+        targets.flush()
+        write_npz(std_file, {"latent_std": np.sqrt(variance / trials).astype(np.float32)})
+        unfinished.replace(targets_file)
+    return np.load(targets_file, mmap_mode="r"), read_npz(std_file)["latent_std"]
+
+
+def corrected(bundle: Bundle, model: SynBrain, train: Trials, validation: Trials) -> Bundle:
+    """`bundle` with the offset and gain of `fit_correction`; `model` is the uncorrected bundle's."""
+    predictions = [(model.predict(trials.tokens), trials) for trials in (train, validation)]
+    offset, gain = fit_correction(*predictions)
+    return dataclasses.replace(bundle, offset=offset, gain=gain)
+
+
+def fit_correction(
+    train: tuple[Float[np.ndarray, "s v"], Trials], validation: tuple[Float[np.ndarray, "r v"], Trials]
+) -> tuple[Float[np.ndarray, " v"], float]:
+    """Offset per voxel and one gain that take decoded patterns to `offset + gain * pattern`.
+
+    A decoder trained on noisy trials predicts differences between stimuli that are too large, and may be biased. The
+    gain is the least-squares slope between predicted and measured differences on validation trials (at least 0); the
+    offset makes the mean prediction equal the mean training trial.
+
+    Args:
+        train, validation: the decoded pattern of each stimulus of the split, and the split.
+    """
+    prediction, trials = validation
+    predicted = prediction[trials.stimulus]
+    predicted, measured = predicted - predicted.mean(0), trials.fmri - trials.fmri.mean(0)
+    power = float(np.vdot(predicted, predicted))
+    gain = max(0.0, float(np.vdot(predicted, measured)) / power) if power > 0 else 1.0
+    prediction, trials = train
+    mean_prediction = np.average(prediction, axis=0, weights=np.bincount(trials.stimulus, minlength=len(prediction)))
+    return (trials.fmri.mean(0) - gain * mean_prediction).astype(np.float32), gain
+
+
+def _stage1_validation(loss: LossFunction, validation: Trials, order: Int[np.ndarray, " v"], batch_size: int):
+    """The loss without sampling on the validation trials. Batches interleave the stimuli, because the contrast is among
+    a batch; the last incomplete one is left out."""
+    evaluate = jax.jit(lambda params, batch: loss(params, {}, batch, None)[1])
+    n = len(validation.fmri)
+    size = min(batch_size, n)
+    batches = n // size
+
+    def validate(params) -> dict[str, float]:
+        totals = []
+        for i in range(batches):
+            rows = np.arange(n)[i::batches][:size]
+            tokens = validation.tokens[validation.stimulus[rows]]
+            totals.append(evaluate(params, {"fmri": validation.fmri[rows][:, order], "tokens": tokens}))
+        totals = jax.device_get(totals)
+        return {name: float(np.mean([one[name] for one in totals])) for name in totals[0]}
+
+    return validate
+
+
+def _stage2_validation(
+    mapper, vae, brain_vae: PyTree, validation: Trials, order: Int[np.ndarray, " v"], batch_size: int
+):
+    """Synthesised patterns of the validation stimuli against the mean of their trials, in voxel space."""
+    voxels = len(order)
+
+    @jax.jit
+    def predict(params, frozen, tokens):
+        latent = mapper.apply({"params": params}, tokens, method="predict_latent")
+        return vae.apply({"params": frozen}, latent, voxels, method="decode")
+
+    counts = np.bincount(validation.stimulus)[:, None]
+    target = np.zeros((len(counts), voxels), np.float32)
+    np.add.at(target, validation.stimulus, validation.fmri[:, order])
+    target /= counts
+
+    def validate(params) -> dict[str, float]:
+        rows = []
+        for start in range(0, len(validation.tokens), batch_size):
+            tokens = validation.tokens[start : start + batch_size]
+            padded = np.pad(tokens, ((0, batch_size - len(tokens)), (0, 0), (0, 0)))
+            rows.append(np.asarray(predict(params, brain_vae, padded))[: len(tokens)])
+        prediction = np.concatenate(rows)
+        centred = prediction - prediction.mean(0), target - target.mean(0)
+        return {
+            "mse": float(np.mean(metrics.mse(prediction, target))),
+            "pattern_r_centred": float(np.mean(metrics.pattern_pearson(*centred))),
+            "voxel_r": float(np.mean(metrics.voxel_pearson(prediction, target))),
+        }
+
+    return validate

@@ -1,0 +1,136 @@
+"""From a picture's tokens to fMRI: mapper, decoder and their correction as one jitted, batched, sharded call.
+
+Shape letters: s stimuli, b batch, t tokens, d token width, k samples, v voxels.
+"""
+
+import functools
+import os
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from synbrain_jax.checkpoint import Bundle, load_bundle
+from synbrain_jax.errors import InputError
+from synbrain_jax.models.brain_vae import BrainVAE
+from synbrain_jax.models.semantic_to_neural import SemanticToNeural
+from synbrain_jax.sharding import batch_parts, batch_sharding, make_mesh, replicated
+
+Variability = Literal["none", "posterior", "latent_noise"]
+
+
+class SynBrain:
+    """A trained system: `synthesize(tokens)` gives voxels. Made by `load_pretrained`."""
+
+    def __init__(self, bundle: Bundle, mesh: Mesh | None = None):
+        self.bundle = bundle
+        self.mesh = make_mesh() if mesh is None else mesh
+        self._params = jax.device_put(bundle.params, replicated(self.mesh))
+        self._decode = jax.jit(
+            functools.partial(_decode_batch, bundle), static_argnames="k", out_shardings=batch_sharding(self.mesh)
+        )
+
+    @property
+    def token_shape(self) -> tuple[int, int]:
+        """Tokens per stimulus and their width."""
+        return self.bundle.config.mapper.tokens, self.bundle.config.mapper.width
+
+    def synthesize(
+        self,
+        tokens: Float[np.ndarray, "s t d"] | Float[Array, "s t d"],
+        key: PRNGKeyArray | None = None,
+        *,
+        k: int = 1,
+        variability: Variability = "none",
+        noise_factor: float = 1.0,
+        batch_size: int = 32,
+    ) -> Float[np.ndarray, "s k v"]:
+        """Synthetic responses, float32, in the units and voxel order of the data set the system was trained on.
+
+        Args:
+            tokens: one set of tokens per stimulus, as in training.
+            key: needed unless `variability` is "none". Sample j of stimulus i depends on the key, i and j only: not on
+                k, nor on how stimuli are batched.
+            k: samples per stimulus.
+            variability: "none", the expected response, k times; "posterior", the latent drawn with the spread of
+                BrainVAE's posterior averaged over training trials; "latent_noise", the latent plus standard normal
+                noise (SynBrain, section 3.4). Both are the model's spread and not that of real trials: see the report.
+            noise_factor: multiplies the latent noise.
+            batch_size: stimuli per call of the compiled function, rounded up to a multiple of the devices. Every batch
+                is padded to it, so that one program serves any number of stimuli.
+
+        Raises:
+            InputError: tokens of another shape than the model's, or values that are not finite; no key.
+        """
+        tokens = np.asarray(tokens, np.float32)
+        if tokens.ndim != 3 or tokens.shape[1:] != self.token_shape:
+            expected = f"[stimuli, {self.token_shape[0]}, {self.token_shape[1]}]"
+            raise InputError(f"tokens have shape {list(tokens.shape)}; this model expects {expected}")
+        if not np.isfinite(tokens).all():
+            raise InputError(f"tokens hold {np.count_nonzero(~np.isfinite(tokens))} values that are NaN or infinite")
+        if variability not in ("none", "posterior", "latent_noise"):
+            raise InputError(f"variability is {variability!r}; expected 'none', 'posterior' or 'latent_noise'")
+        if variability != "none" and key is None:
+            raise InputError(f"variability {variability!r} draws random numbers: give a key, e.g. jax.random.key(0)")
+        if k < 1 or batch_size < 1:
+            raise InputError(f"k is {k} and batch_size {batch_size}; both must be at least 1")
+
+        std = {"none": 0.0, "posterior": self.bundle.latent_std, "latent_noise": 1.0}[variability]
+        std = np.broadcast_to(np.float32(noise_factor) * np.asarray(std, np.float32), self.token_shape)
+        parts = batch_parts(self.mesh)
+        rows = -(-batch_size // parts) * parts
+        key = jax.random.key(0) if key is None else key
+        out = np.empty((len(tokens), k, len(self.bundle.offset)), np.float32)
+        for start in range(0, len(tokens), rows):
+            part = tokens[start : start + rows]
+            padded = np.pad(part, ((0, rows - len(part)), (0, 0), (0, 0)))
+            index = np.arange(start, start + rows, dtype=np.int32)
+            index, padded = jax.device_put((index, padded), batch_sharding(self.mesh))
+            voxels = self._decode(self._params, padded, index, key, std, k=k)
+            out[start : start + len(part)] = np.asarray(voxels)[: len(part)]
+        return out
+
+    def predict(
+        self, tokens: Float[np.ndarray, "s t d"] | Float[Array, "s t d"], batch_size: int = 32
+    ) -> Float[np.ndarray, "s v"]:
+        """The expected response to each stimulus: `synthesize` without variability."""
+        return self.synthesize(tokens, batch_size=batch_size)[:, 0]
+
+
+def load_pretrained(path: str | os.PathLike, mesh: Mesh | None = None) -> SynBrain:
+    """The trained system in a bundle folder, on `mesh` (default: all devices). Raises InputError for anything else."""
+    return SynBrain(load_bundle(path), mesh)
+
+
+def _decode_batch(
+    bundle: Bundle,
+    params: dict,
+    tokens: Float[Array, "b t d"],
+    index: Int[Array, " b"],
+    key: PRNGKeyArray,
+    std: Float[Array, "t d"],
+    k: int,
+) -> Float[Array, "b k v"]:
+    config = bundle.config
+    mapper, brain_vae = SemanticToNeural(config.mapper), BrainVAE(config.brain_vae)
+    mean = mapper.apply({"params": params["mapper"]}, tokens, method="predict_latent")
+    inverse = np.argsort(model_order(bundle.config.data.voxel_order, bundle.voxels.order))
+    offset, gain = jnp.asarray(bundle.offset), bundle.gain
+
+    def sample(j):
+        keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.fold_in(key, i), j))(index)
+        noise = jax.vmap(lambda one: jax.random.normal(one, std.shape))(keys)
+        pattern = brain_vae.apply(
+            {"params": params["brain_vae"]}, mean + std[None] * noise, len(offset), method="decode"
+        )
+        return offset[None] + gain * pattern[:, inverse]
+
+    return jax.lax.map(sample, jnp.arange(k)).swapaxes(0, 1)
+
+
+def model_order(voxel_order: str, order: Int[np.ndarray, " v"]) -> Int[np.ndarray, " v"]:
+    """The permutation that takes the data set's voxels to the model's: `order` for "hilbert", none for "given"."""
+    return order if voxel_order == "hilbert" else np.arange(len(order), dtype=np.int32)

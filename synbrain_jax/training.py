@@ -1,0 +1,199 @@
+"""Training state, the jitted step, and the one loop that both stages run.
+
+The step is `jax.jit` with shardings in and out and a donated state. Randomness is a function of (seed, step), and so
+are the batches: a run that is killed and started again ends with the same bits.
+"""
+
+import dataclasses
+import os
+from collections.abc import Callable
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from etils import epath
+from grain import DatasetIterator
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
+
+from synbrain_jax.checkpoint import Checkpoints
+from synbrain_jax.config import Config, OptimizerConfig, Stage1Config, Stage2Config
+from synbrain_jax.errors import InputError
+from synbrain_jax.progress import Progress
+from synbrain_jax.sharding import batch_parts, batch_sharding, replicated, shard_batch, state_sharding
+
+# loss(params, frozen, batch, key) -> (loss, terms to log); key None: no sampling
+LossFunction = Callable[[PyTree, PyTree, dict, PRNGKeyArray | None], tuple[Array, dict[str, Array]]]
+
+
+class NonFiniteLoss(RuntimeError):
+    """Training met a loss that is NaN or infinite; the message says at which step and which terms."""
+
+
+@flax.struct.dataclass
+class TrainState:
+    """All that a step changes. `ema` is the moving average of the parameters, or None if there is none."""
+
+    step: Int[Array, ""]
+    params: PyTree
+    opt_state: PyTree
+    ema: PyTree
+
+    @property
+    def result(self) -> PyTree:
+        """The parameters to validate and to keep: the average if there is one."""
+        return self.params if self.ema is None else self.ema
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Stage:
+    """What one stage of training consists of."""
+
+    name: str
+    config: Stage1Config | Stage2Config
+    init: Callable[[PRNGKeyArray], PyTree]
+    loss: LossFunction
+    frozen: PyTree
+    """Parameters that the loss needs and that do not change."""
+    batches: DatasetIterator
+    validate: Callable[[PyTree], dict[str, float]]
+
+
+def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
+    """Learning rate at each step: linear warm-up, then constant or half a cosine down to zero at `steps`."""
+    after = max(steps - config.warmup_steps, 1)
+    main = (
+        optax.constant_schedule(config.learning_rate)
+        if config.schedule == "constant"
+        else optax.cosine_decay_schedule(config.learning_rate, after)
+    )
+    if not config.warmup_steps:
+        return main
+    warmup = optax.linear_schedule(0.0, config.learning_rate, config.warmup_steps)
+    return optax.join_schedules([warmup, main], [config.warmup_steps])
+
+
+def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
+    """AdamW with decoupled weight decay on every parameter, after clipping the global gradient norm."""
+    adamw = optax.adamw(learning_rate(config, steps), weight_decay=config.weight_decay)
+    clip = optax.identity() if config.clip_norm is None else optax.clip_by_global_norm(config.clip_norm)
+    return optax.chain(clip, adamw)
+
+
+def init_state(
+    init: Callable[[PRNGKeyArray], PyTree], optimizer: optax.GradientTransformation, averaged: bool, key: PRNGKeyArray
+) -> TrainState:
+    """A fresh state; the average starts as a copy of the parameters."""
+    params = init(key)
+    ema = jax.tree.map(jnp.copy, params) if averaged else None
+    return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=optimizer.init(params), ema=ema)
+
+
+def make_train_step(
+    loss: LossFunction, optimizer: optax.GradientTransformation, ema_decay: float | None, seed: int
+) -> Callable[[TrainState, PyTree, dict], tuple[TrainState, dict[str, Float[Array, ""]]]]:
+    """One update as a pure function `step(state, frozen, batch) -> (state, terms)`; not jitted.
+
+    `terms` are the loss's own, with the global gradient norm before clipping. The random key is `fold_in(seed, step)`.
+    """
+
+    def train_step(state, frozen, batch):
+        key = jax.random.fold_in(jax.random.key(seed), state.step)
+        (_, terms), grads = jax.value_and_grad(loss, has_aux=True)(state.params, frozen, batch, key)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        ema = state.ema if ema_decay is None else optax.incremental_update(params, state.ema, 1 - ema_decay)
+        terms = terms | {"grad_norm": optax.global_norm(grads)}
+        return TrainState(step=state.step + 1, params=params, opt_state=opt_state, ema=ema), terms
+
+    return train_step
+
+
+def fit(stage: Stage, config: Config, mesh: Mesh, folder: str | os.PathLike) -> PyTree:
+    """Trains a stage to its last step, or from its newest checkpoint on, and returns the parameters that validate best.
+
+    Writes checkpoints, `metrics.jsonl`, TensorBoard events and `selected.json` into `folder`.
+
+    Raises:
+        NonFiniteLoss: the loss became NaN or infinite. Checkpoints from before are kept.
+        InputError: the batch cannot be split over the mesh, or `select` names no validation number.
+    """
+    folder, settings = epath.Path(folder), stage.config
+    if settings.batch_size % batch_parts(mesh):
+        raise InputError(
+            f"{stage.name}.batch_size is {settings.batch_size}; it must be a multiple of the {batch_parts(mesh)} parts "
+            "that the mesh splits a batch into (mesh.data x mesh.fsdp)"
+        )
+    optimizer = make_optimizer(settings.optimizer, settings.steps)
+    ema_decay = settings.optimizer.ema_decay
+
+    def init(key):
+        return init_state(stage.init, optimizer, ema_decay is not None, key)
+
+    key = jax.random.key(config.seed)
+    abstract = jax.eval_shape(init, key)
+    shardings = state_sharding(abstract, mesh)
+    step_function = jax.jit(
+        make_train_step(stage.loss, optimizer, ema_decay, config.seed),
+        in_shardings=(shardings, replicated(mesh), batch_sharding(mesh)),
+        out_shardings=(shardings, replicated(mesh)),
+        donate_argnums=0,
+    )
+    frozen = jax.device_put(stage.frozen, replicated(mesh))
+
+    with Checkpoints(folder / "checkpoints", config) as checkpoints:
+        start = checkpoints.latest or 0
+        if start:
+            target = jax.tree.map(
+                lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), abstract, shardings
+            )
+            state, position = checkpoints.restore(start, target)
+            stage.batches.set_state(position)
+        else:
+            state = jax.jit(init, out_shardings=shardings)(key)
+
+        with Progress(folder, stage.name, start, settings.steps) as progress:
+            pending = []
+            for step in range(start + 1, settings.steps + 1):
+                state, terms = step_function(state, frozen, shard_batch(next(stage.batches), mesh))
+                pending.append(terms)
+                validating = step % settings.eval_every == 0 or step == settings.steps
+                if step % config.log_every == 0 or validating:
+                    progress.log(step, "train", _averaged(stage.name, step, pending))
+                    pending = []
+                if validating:
+                    numbers = stage.validate(state.result)
+                    progress.log(step, "val", numbers)
+                    checkpoints.save(step, state, stage.batches.get_state(), _selected_value(numbers, stage))
+                progress.advance(step)
+
+        step, value = checkpoints.selected()
+        progress.write_selected(step, settings.select, value)
+        target = jax.tree.map(
+            lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), abstract, shardings
+        )
+        return checkpoints.restore(step, target)[0].result
+
+
+def _averaged(stage: str, step: int, pending: list[dict[str, Array]]) -> dict[str, float]:
+    """Means over the steps since the last log; raises at the first step whose loss is not finite."""
+    values = jax.device_get(pending)
+    for i, terms in enumerate(values):
+        if not np.isfinite(terms["loss"]):
+            listed = ", ".join(f"{name} {float(value):.4g}" for name, value in terms.items())
+            raise NonFiniteLoss(
+                f"{stage}: the loss is not finite at step {step - len(values) + 1 + i} ({listed}). Checkpoints from "
+                f"before are kept. Lower {stage}.optimizer.learning_rate, set {stage}.optimizer.clip_norm, or look at "
+                "the scale of the data."
+            )
+    return {name: float(np.mean([terms[name] for terms in values])) for name in values[0]}
+
+
+def _selected_value(numbers: dict[str, float], stage: Stage) -> float:
+    name = stage.config.select.removeprefix("val/")
+    if name not in numbers:
+        known = ", ".join(f"val/{key}" for key in numbers)
+        raise InputError(f"{stage.name}.select is {stage.config.select!r}; expected one of {known}")
+    return numbers[name]

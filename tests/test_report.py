@@ -1,0 +1,352 @@
+"""The report of a run: numbers where they belong, pictures that show the arrays, clear errors."""
+
+import json
+import math
+import pathlib
+import re
+
+import numpy as np
+import pytest
+import scipy.stats
+from matplotlib.image import imread
+
+from synbrain_jax import figures, files, report
+from synbrain_jax.data.voxels import Voxels
+from synbrain_jax.errors import InputError
+
+STIMULI, TRIALS, VOXELS, SAMPLES = 3, 12, 60, 5
+SHAPE = (9, 6, 2)
+METRICS = [metric for metric, _, _ in (*report.MAIN_COLUMNS, *report.TRIAL_COLUMNS)]
+
+
+def content(**changes) -> dict:
+    """A report.json with a different number in each place, so that a swapped row or column shows."""
+    scores = {
+        name: {metric: 0.1 * row + 0.001 * column for column, metric in enumerate(METRICS, start=1)}
+        for row, name in enumerate(report.NAMES, start=1)
+    }
+    sizes = {"n_stimuli": STIMULI, "n_trials": TRIALS, "n_voxels": 15724}
+    return {"dataset": "simulated/tiny", "split": "test", **sizes, "scores": scores, **changes}
+
+
+def arrays() -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(0)
+    return {
+        "stimulus_id": np.array(["ant", "bee", "cow"]),
+        "prediction_centred": rng.normal(size=(STIMULI, VOXELS)).astype(np.float32),
+        "target_centred": rng.normal(size=(STIMULI, VOXELS)).astype(np.float32),
+        "voxel_r": rng.uniform(-1, 1, VOXELS).astype(np.float32),
+        "voxel_r_ceiling": rng.uniform(0, 1, VOXELS).astype(np.float32),
+        "samples": rng.normal(size=(STIMULI, SAMPLES, VOXELS)).astype(np.float32),
+        "trials": rng.normal(size=(TRIALS, VOXELS)).astype(np.float32),
+        "trial_stimulus": rng.permutation(np.repeat(np.arange(STIMULI, dtype=np.int32), TRIALS // STIMULI)),
+    }
+
+
+def voxels(*, geometry: bool = True) -> Voxels:
+    ijk = np.random.default_rng(1).permutation(np.argwhere(np.ones(SHAPE, bool)))[:VOXELS].astype(np.int32)
+    return Voxels(
+        subject="sub1",
+        normalisation="run_zscore",
+        ijk=ijk if geometry else None,
+        volume_shape=SHAPE if geometry else None,
+        affine=None,
+        ncsnr=None,
+        order=np.arange(VOXELS, dtype=np.int32),
+    )
+
+
+def write_run(workdir: pathlib.Path, *, geometry: bool = True, without: tuple[str, ...] = ()) -> pathlib.Path:
+    files.write_text(workdir / "report.json", json.dumps(content()))
+    files.write_npz(workdir / "predictions.npz", {k: v for k, v in arrays().items() if k not in without})
+    (workdir / "bundle").mkdir()
+    voxels(geometry=geometry).save(workdir / "bundle" / "voxels.npz")
+    for stage in ("stage1", "stage2"):
+        lines = [{"step": step, "train/loss": 100.0 / step, "train/kl": 1.0 + step} for step in range(1, 31)]
+        lines += [{"step": step, "val/loss": 110.0 / step, "val/mse": -1.0 / step} for step in (10, 20, 30)]
+        files.write_text(workdir / stage / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+        chosen = {"step": 20, "metric": "val/mse", "value": -0.05}
+        files.write_text(workdir / stage / "selected.json", json.dumps(chosen))
+    return workdir
+
+
+# ---- tables ----------------------------------------------------------------------------------------
+
+
+def cells(line: str) -> list[str]:
+    return line.replace("|", " ").replace("`", "").split()
+
+
+@pytest.mark.parametrize("table", [report.format_table, report.markdown_table])
+def test_every_score_stands_in_its_row_and_column(table):
+    lines = table(content()).splitlines()
+    assert lines[0] == "simulated/tiny, test split: 3 stimuli, 12 trials, 15,724 voxels"
+    for row, name in enumerate(report.NAMES, start=1):
+        main, single = (cells(line) for line in lines if cells(line)[:1] == [name])
+        expected = [f"{0.1 * row + 0.001 * column:.3f}" for column in range(1, len(METRICS) + 1)]
+        assert main[1:] == expected[: len(report.MAIN_COLUMNS)]
+        assert single[1:] == expected[len(report.MAIN_COLUMNS) :]
+
+
+def test_text_table_is_aligned_and_fits_110_columns():
+    lines = report.format_table(content()).splitlines()
+    assert max(map(len, lines)) <= 110
+    rows = [line for line in lines if cells(line)[:1] and cells(line)[0] in report.NAMES]
+    ends = [[match.end() for match in re.finditer(r"\S+", row)][1:] for row in rows]
+    assert ends == [ends[0]] * 6 + [ends[6]] * 6
+    heading = lines[2]
+    assert [match.end() for match in re.finditer(r"\S+( r)?", heading)] == ends[0]
+
+
+def test_markdown_table_has_one_cell_per_column_in_every_row():
+    table = [line for line in report.markdown_table(content()).splitlines() if line.startswith("|")]
+    assert [line.count("|") for line in table] == [len(report.MAIN_COLUMNS) + 2] * 8 + [5] * 8
+    assert table[0].split("|")[5].strip() == "pattern r centred"
+
+
+def test_missing_null_and_nan_scores_are_dashes_and_unknown_rows_come_last():
+    changed = content()
+    del changed["scores"]["kernel_ridge"]
+    del changed["scores"]["ridge"]["mse"]
+    changed["scores"]["mean_pattern"].update(pattern_r_centred=None, cosine=math.nan)
+    changed["scores"]["paper_knob"] = {"voxel_r_mean": -0.00001}
+    rows = {}
+    for line in report.format_table(changed).splitlines():
+        if len(cells(line)) == 10:
+            rows[cells(line)[0]] = cells(line)[1:]
+    assert list(rows) == [*report.NAMES, "paper_knob"]
+    assert rows["kernel_ridge"] == ["-"] * 9
+    assert [at for at, cell in enumerate(rows["ridge"]) if cell == "-"] == [METRICS.index("mse")]
+    assert rows["mean_pattern"][METRICS.index("pattern_r_centred")] == "-"
+    assert rows["mean_pattern"][METRICS.index("cosine")] == "-"
+    assert rows["paper_knob"] == ["0.000", *["-"] * 8]
+
+
+def test_closing_lines_give_the_ratios_controls_seconds_and_machine():
+    changed = content(
+        controls={"shifted_tokens": {"pattern_r_centred": -0.05}, "permuted": 0.02},
+        seconds={"stage 1": 61.25, "total": 90},
+        machine="2 CPU cores",
+    )
+    changed["scores"]["model"]["pattern_r_centred"] = 0.3
+    changed["scores"]["stimulus_mean"]["pattern_r_centred"] = 0.25
+    changed["scores"]["noise_ceiling"]["pattern_r_centred"] = 0.5
+    assert report.format_table(changed).splitlines()[-5:] == [
+        "Ratio of the model's centred pattern r: 1.20 to stimulus_mean, 0.60 to noise_ceiling.",
+        "Control shifted_tokens: pattern_r_centred -0.050",
+        "Control permuted: 0.020",
+        "Seconds: stage 1 61.2, total 90.0",
+        "Machine: 2 CPU cores",
+    ]
+    del changed["scores"]["stimulus_mean"]
+    changed["scores"]["noise_ceiling"]["pattern_r_centred"] = 0.0
+    assert "r: - to stimulus_mean, - to noise_ceiling." in report.format_table(changed)
+
+
+# ---- numbers behind the pictures -------------------------------------------------------------------
+
+
+def test_volume_slice_puts_each_voxel_at_its_position_in_the_fullest_slice():
+    ijk = np.array([[0, 0, 2], [2, 1, 5], [0, 3, 5], [1, 1, 5], [2, 2, 2]], np.int32)
+    values = np.array([10, 20, 30, 40, 50], np.float32)
+    nan = np.nan
+    expected = [[nan, nan, nan, 30], [nan, 40, nan, nan], [nan, 20, nan, nan]]
+    np.testing.assert_array_equal(figures.volume_slice(values, ijk, (3, 4, 6)), expected)
+
+
+def test_densest_slice_takes_the_lowest_of_equals():
+    assert figures.densest_slice(np.array([[0, 0, 7], [1, 0, 3], [2, 0, 7], [3, 0, 3]], np.int32)) == 3
+
+
+def test_variance_share_is_the_square_of_the_scale_around_any_means():
+    rng = np.random.default_rng(0)
+    noise = rng.normal(size=(3, 6, 4))
+    means = 10 * rng.normal(size=(2, 3, 1, 4))
+    trials = (means[0] + noise).reshape(18, 4)
+    share = figures.variance_share(trials, np.repeat(np.arange(3), 6), means[1] + 0.5 * noise)
+    assert share == pytest.approx(0.25, rel=1e-12)
+
+
+def test_variance_share_weighs_stimuli_by_their_trials_less_one():
+    # Variances (n - 1) by hand: stimulus 0: 4.5 of 2 trials; stimulus 1: 1 of 3; stimulus 2: a single trial.
+    trials = np.array([[0.0], [1.0], [3.0], [2.0], [3.0], [9.0]])
+    stimulus = np.array([0, 1, 0, 1, 1, 2])
+    samples = np.array([[[0.0], [2.0]], [[0.0], [4.0]], [[0.0], [100.0]]])  # variances 2, 8 and 5000
+    assert figures.variance_share(trials, stimulus, samples) == pytest.approx((1 * 2 + 2 * 8) / (1 * 4.5 + 2 * 1))
+
+
+def test_variance_share_is_nan_where_nothing_repeats():
+    trials, stimulus = np.zeros((2, 1)), np.array([0, 1])
+    assert math.isnan(figures.variance_share(trials, stimulus, np.zeros((2, 3, 1))))
+    assert math.isnan(figures.variance_share(np.eye(2), np.array([0, 0]), np.zeros((1, 1, 2))))
+
+
+def test_shown_stimuli_are_all_or_eight_from_best_to_worst():
+    np.testing.assert_array_equal(figures.shown_stimuli(np.array([0.1, 0.9, 0.5])), [0, 1, 2])
+    r = np.random.default_rng(0).permutation(15) / 15
+    np.testing.assert_allclose(r[figures.shown_stimuli(r)] * 15, [14, 12, 10, 8, 6, 4, 2, 0])
+
+
+# ---- pictures --------------------------------------------------------------------------------------
+
+
+def images(figure) -> list:
+    return [panel.images[0] for panel in figure.axes if panel.images]
+
+
+def test_patterns_pair_measured_with_synthesised_on_one_symmetric_scale_per_kind():
+    a, v = arrays(), voxels()
+    figure = figures.patterns(a["stimulus_id"], a["target_centred"], a["prediction_centred"], v, "tiny")
+    drawn = images(figure)
+    for image, values in zip(drawn, [*a["target_centred"], *a["prediction_centred"]], strict=True):
+        expected = figures.volume_slice(values, v.ijk, SHAPE).T
+        np.testing.assert_array_equal(image.get_array().filled(np.nan), expected)
+        assert image.origin == "lower"
+    for kind in (drawn[:STIMULI], drawn[STIMULI:]):
+        limits = {image.get_clim() for image in kind}
+        assert len(limits) == 1
+        low, high = limits.pop()
+        assert low == -high < 0
+    labels = [image.axes.get_xlabel() for image in drawn[STIMULI:]]
+    r = [
+        scipy.stats.pearsonr(p, t).statistic for p, t in zip(a["prediction_centred"], a["target_centred"], strict=True)
+    ]
+    assert labels == [f"r = {value:.2f}" for value in r]
+    assert [image.axes.get_title() for image in drawn[:STIMULI]] == ["ant", "bee", "cow"]
+
+
+def test_patterns_without_geometry_are_strips_and_say_so():
+    a = arrays()
+    figure = figures.patterns(
+        a["stimulus_id"], a["target_centred"], a["prediction_centred"], voxels(geometry=False), "tiny"
+    )
+    measured, synthesised = images(figure)
+    np.testing.assert_array_equal(measured.get_array(), a["target_centred"])
+    np.testing.assert_array_equal(synthesised.get_array(), a["prediction_centred"])
+    assert "strips in voxel order" in figure.get_suptitle()
+
+
+def test_voxel_r_maps_share_one_scale_and_the_scatter_has_every_voxel():
+    a, v = arrays(), voxels()
+    figure = figures.voxel_r(a["voxel_r"], a["voxel_r_ceiling"], STIMULI, v, "tiny")
+    r, ceiling = images(figure)
+    for image, name in ((r, "voxel_r"), (ceiling, "voxel_r_ceiling")):
+        np.testing.assert_array_equal(image.get_array().filled(np.nan), figures.volume_slice(a[name], v.ijk, SHAPE).T)
+    assert r.get_clim() == ceiling.get_clim() == (-1, 1)
+    points = [panel.collections[0].get_offsets() for panel in figure.axes if panel.get_ylabel() == "r of the model"]
+    np.testing.assert_allclose(points[0], np.stack([a["voxel_r_ceiling"], a["voxel_r"]], axis=1))
+
+
+def test_samples_show_trials_and_samples_of_the_most_reliable_voxels():
+    a, v = arrays(), voxels()
+    best = np.argsort(-a["voxel_r_ceiling"])[:6]
+    names = ("stimulus_id", "trials", "trial_stimulus", "samples", "voxel_r_ceiling")
+    figure = figures.samples_and_trials(*(a[name] for name in names), v, "tiny")
+    assert len(figure.axes) == 6
+    for panel, voxel in zip(figure.axes, best, strict=True):
+        i, j, k = v.ijk[voxel]
+        assert panel.get_title().startswith(f"voxel (i, j, k) = ({i}, {j}, {k})\nceiling")
+        lines = [line.get_ydata() for line in panel.lines if len(line.get_ydata())]
+        for stimulus in range(STIMULI):
+            real = a["trials"][a["trial_stimulus"] == stimulus, voxel]
+            synthetic = a["samples"][stimulus, :, voxel]
+            for at, values in ((2 * stimulus, real), (2 * stimulus + 1, synthetic)):
+                np.testing.assert_allclose(panel.collections[at].get_offsets()[:, 1], values, rtol=1e-6)
+                np.testing.assert_allclose(lines[at], [values.mean()] * 2, rtol=1e-5)
+    share = figures.variance_share(a["trials"], a["trial_stimulus"], a["samples"])
+    assert figure.get_suptitle().endswith(f"carry: {share:.1%}")
+
+
+def test_loss_curves_draw_each_term_once_and_mark_the_chosen_step():
+    curves = figures.Curves(
+        {"train/kl": {2: 3.0, 1: 4.0}, "train/loss": {1: 100.0, 2: 1.0}, "val/loss": {2: 5.0}, "val/r": {2: -0.5}},
+        chosen_step=2,
+        chosen_by="val/r",
+    )
+    panels = {panel.get_title(): panel for panel in figures.loss_curves({"Stage 1": curves}).axes}
+    assert [name for name in panels if name] == ["loss", "r", "kl"]
+    lines = {name: [line.get_xydata().tolist() for line in panel.lines] for name, panel in panels.items()}
+    assert lines["loss"][:2] == [[[1, 100], [2, 1]], [[2, 5]]]
+    assert lines["kl"][0] == [[1, 4], [2, 3]]
+    assert [2, -0.5] in lines["r"][1]
+    assert {name: panel.get_yscale() for name, panel in panels.items() if name} == {
+        "loss": "log",
+        "r": "linear",
+        "kl": "linear",
+    }
+    for name in ("loss", "r", "kl"):
+        assert lines[name][-1] == [[2, 0], [2, 1]]  # the vertical line at the chosen step
+
+
+# ---- the whole run ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("geometry", "without"), [(True, ()), (False, ("voxel_r_ceiling",))], ids=["full", "no geometry, no ceiling"]
+)
+def test_write_report_leaves_table_and_pictures(tmp_path, geometry, without):
+    workdir = write_run(tmp_path, geometry=geometry, without=without)
+    text = report.write_report(workdir)
+    assert text == report.format_table(content()) == (workdir / "report.txt").read_text()
+    markdown = (workdir / "report.md").read_text()
+    assert markdown.startswith(report.markdown_table(content()))
+    links = re.findall(r"!\[.+\]\((.+)\)", markdown)
+    assert links == [f"figures/{name}.png" for name in ("loss_curves", "patterns", "voxel_r", "samples")]
+    for link in links:
+        picture = imread(workdir / link)
+        assert picture.shape[0] > 300
+        assert picture.shape[1] > 1000
+        assert picture[..., :3].std() > 0.05
+        assert (workdir / link).stat().st_size < 300_000
+
+
+def test_resumed_log_counts_the_last_attempt_and_skips_a_line_cut_short(tmp_path):
+    write_run(tmp_path)
+    with (tmp_path / "stage1" / "metrics.jsonl").open("a") as log:
+        log.write('{"step": 30, "train/lo{"step": 29, "train/loss": 7.0}\n{"step": 30, "train/loss": 8.0}\n')
+        log.write('{"step": 31, "train/loss": NaN, "seconds": 3.0}\n')
+    values = report.read_curves(tmp_path, "stage1").values
+    assert values["train/loss"] == {step: 100.0 / step for step in range(1, 30)} | {30: 8.0}
+    assert values.keys() == {"train/loss", "train/kl", "val/loss", "val/mse"}
+
+
+@pytest.mark.parametrize(
+    ("name", "command"),
+    [
+        ("report.json", "synbrain evaluate"),
+        ("predictions.npz", "synbrain evaluate"),
+        ("bundle/voxels.npz", "python train.py"),
+        ("stage1/metrics.jsonl", "python train.py"),
+        ("stage2/selected.json", "python train.py"),
+    ],
+)
+def test_missing_input_names_the_file_and_its_command_and_writes_nothing(tmp_path, name, command):
+    write_run(tmp_path)
+    (tmp_path / name).unlink()
+    for write in (report.write_report, report.write_figures):
+        with pytest.raises(InputError, match=re.escape(str(tmp_path / name)) + f".*{command}.*--workdir"):
+            write(tmp_path)
+    assert not (tmp_path / "figures").exists()
+    assert not (tmp_path / "report.txt").exists()
+
+
+def test_damaged_or_foreign_inputs_are_named(tmp_path):
+    def check(name: str, damaged: bytes, message: str) -> None:
+        good = (tmp_path / name).read_bytes()
+        (tmp_path / name).write_bytes(damaged)
+        with pytest.raises(InputError, match=f"{re.escape(name)}.*{message}"):
+            report.write_report(tmp_path)
+        (tmp_path / name).write_bytes(good)
+
+    write_run(tmp_path)
+    check("report.json", b'{"dataset": ', "not JSON")
+    check("report.json", json.dumps({"dataset": "x"}).encode(), "no field n_stimuli, n_trials")
+    check("predictions.npz", (tmp_path / "predictions.npz").read_bytes()[:500], "cannot be read")
+    check("stage1/metrics.jsonl", b"\n", "no line has")
+    check("stage2/selected.json", b"{}", "no field step or metric")
+    files.write_npz(tmp_path / "predictions.npz", {k: v for k, v in arrays().items() if k != "samples"})
+    with pytest.raises(InputError, match=r"predictions.npz: no array samples"):
+        report.write_report(tmp_path)
+    files.write_npz(tmp_path / "predictions.npz", arrays() | {"voxel_r": np.zeros(3, np.float32)})
+    with pytest.raises(InputError, match=r"voxels.npz: 60 voxels, but predictions.npz has 3"):
+        report.write_report(tmp_path)
