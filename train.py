@@ -10,7 +10,7 @@ from pathlib import Path
 import jax
 
 from synbrain_jax import stages
-from synbrain_jax.checkpoint import Bundle, claim_workdir, save_bundle
+from synbrain_jax.checkpoint import Bundle, check_workdir, claim_workdir, save_bundle
 from synbrain_jax.cli import exit_on_input_error, run_settings
 from synbrain_jax.data import prepare_data
 from synbrain_jax.data.pairs import load_trials, open_dataset
@@ -18,7 +18,7 @@ from synbrain_jax.evaluation import write_evaluation
 from synbrain_jax.report import write_report
 from synbrain_jax.sharding import make_mesh
 from synbrain_jax.synthesis import SynBrain, load_pretrained
-from synbrain_jax.training import fit
+from synbrain_jax.training import check_batch_sizes, fit
 
 
 def main(arguments: list[str]) -> None:
@@ -26,11 +26,15 @@ def main(arguments: list[str]) -> None:
     started = time.monotonic()
 
     # --- Workdir and devices -----------------------------------------------------------------------------------------
-    claim_workdir(workdir, config)
+    check_workdir(workdir, config)
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    check_batch_sizes(config, mesh)
 
     # --- Data --------------------------------------------------------------------------------------------------------
     dataset = open_dataset(prepare_data(config.data, workdir / "data"))
+    sized = config.for_tokens(dataset.token_shape)
+    claim_workdir(workdir, config)
+    config = sized
     train, validation = load_trials(dataset, "train"), load_trials(dataset, "validation")
 
     # --- Stage 1: BrainVAE -------------------------------------------------------------------------------------------
@@ -43,7 +47,7 @@ def main(arguments: list[str]) -> None:
 
     # --- Bundle: everything that synthesis needs ---------------------------------------------------------------------
     params = {"brain_vae": brain_vae, "mapper": mapper}
-    bundle = Bundle.uncorrected(config, params, dataset, latent_std)
+    bundle = Bundle.uncorrected(config, params, dataset.voxels, dataset.name, latent_std)
     if config.calibrate:
         bundle = stages.corrected(bundle, SynBrain(bundle, mesh), train, validation)
     save_bundle(workdir / "bundle", bundle)

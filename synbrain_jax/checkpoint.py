@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,6 @@ from jaxtyping import Float, PyTree
 from orbax.checkpoint import checkpoint_managers as policies
 
 from synbrain_jax.config import Config
-from synbrain_jax.data.pairs import Dataset
 from synbrain_jax.data.voxels import Voxels
 from synbrain_jax.errors import InputError
 from synbrain_jax.files import read_npz, read_text, write_npz, write_text
@@ -21,20 +21,20 @@ from synbrain_jax.models.semantic_to_neural import SemanticToNeural
 
 
 class Checkpoints:
-    """The checkpoints of one stage: the two latest and the one with the smallest validation value.
+    """The checkpoints of one stage: the two latest and the one with the best validation value.
 
     Each holds the training state, the position in the data and the configuration. Orbax makes a step visible only when
     it is complete. Use as a context manager; leaving it waits for the last write.
     """
 
-    def __init__(self, folder: str | os.PathLike, config: Config):
+    def __init__(self, folder: str | os.PathLike, config: Config, mode: Literal["min", "max"]):
         self._config = config
-        best = policies.BestN(get_metric_fn=lambda metrics: -metrics["value"], n=1)
+        self._sign = 1 if mode == "max" else -1
+        best = policies.BestN(get_metric_fn=self._goodness, n=1)
         options = ocp.CheckpointManagerOptions(
             create=True,
             preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(2), best]),
-            best_fn=lambda metrics: metrics["value"],  # without it Orbax writes no metrics
-            best_mode="min",
+            best_fn=self._goodness,  # without it Orbax writes no metrics
         )
         self._manager = ocp.CheckpointManager(epath.Path(folder).resolve(), options=options)
 
@@ -44,20 +44,23 @@ class Checkpoints:
     def __exit__(self, *_) -> None:
         self._manager.close()
 
+    def _goodness(self, metrics: dict[str, float]) -> float:
+        return self._sign * metrics["value"]
+
     @property
     def latest(self) -> int | None:
         """Step of the newest checkpoint; None if there is none."""
         return self._manager.latest_step()
 
     def save(self, step: int, state: PyTree, position: dict, value: float) -> None:
-        """Saves the state after `step` steps; `value` is its validation number (smaller is better)."""
+        """Saves the state after `step` steps; `value` is its validation number."""
         args = ocp.args.Composite(
             state=ocp.args.StandardSave(state),
             data=ocp.args.JsonSave(position),
             config=ocp.args.JsonSave(dataclasses.asdict(self._config)),
         )
         # A number that cannot be compared must not look like the best one.
-        value = value if np.isfinite(value) else float(np.finfo(np.float32).max)
+        value = value if np.isfinite(value) else -self._sign * float(np.finfo(np.float32).max)
         self._manager.save(step, args=args, metrics={"value": value})
 
     def restore(self, step: int, target: PyTree) -> tuple[PyTree, dict]:
@@ -67,11 +70,11 @@ class Checkpoints:
         return restored.state, restored.data
 
     def selected(self) -> tuple[int, float]:
-        """Step and validation value of the best checkpoint."""
+        """Step and validation value of the best checkpoint; the later one of equals."""
         self._manager.wait_until_finished()
-        values = {step: self._manager.metrics(step)["value"] for step in self._manager.all_steps()}
-        step = min(values, key=lambda s: (values[s], -s))
-        return step, values[step]
+        metrics = {step: self._manager.metrics(step) for step in self._manager.all_steps()}
+        step = max(metrics, key=lambda step: (self._goodness(metrics[step]), step))
+        return step, metrics[step]["value"]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -92,12 +95,10 @@ class Bundle:
 
     @classmethod
     def uncorrected(
-        cls, config: Config, params: dict, dataset: Dataset, latent_std: Float[np.ndarray, "t d"]
+        cls, config: Config, params: dict, voxels: Voxels, dataset: str, latent_std: Float[np.ndarray, "t d"]
     ) -> "Bundle":
         """A bundle whose decoded patterns are taken as they are."""
-        return cls(
-            config, params, dataset.voxels, dataset.name, latent_std, np.zeros(dataset.n_voxels, np.float32), 1.0
-        )
+        return cls(config, params, voxels, dataset, latent_std, np.zeros(len(voxels.order), np.float32), 1.0)
 
 
 def save_bundle(path: str | os.PathLike, bundle: Bundle) -> None:
@@ -159,15 +160,17 @@ def abstract_params(config: Config) -> dict:
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), shapes)
 
 
-def claim_workdir(workdir: str | os.PathLike, config: Config) -> None:
-    """Makes `workdir` the folder of this run, or goes on with it. Raises InputError if it belongs to another config."""
+def check_workdir(workdir: str | os.PathLike, config: Config) -> None:
+    """Raises InputError if `workdir` holds a run of another configuration."""
     file = epath.Path(workdir) / "config.json"
-    if not file.exists():
-        write_text(file, config.to_json())
-        return
-    differences = Config.from_json(read_text(file)).differences(config)
+    differences = Config.from_json(read_text(file)).differences(config) if file.exists() else []
     if differences:
         raise InputError(
             f"{os.fspath(workdir)} belongs to another run ({'; '.join(differences)}). Choose another --workdir, "
             "give the same settings to go on with that run, or delete the folder."
         )
+
+
+def claim_workdir(workdir: str | os.PathLike, config: Config) -> None:
+    """Makes `workdir` the folder of this run."""
+    write_text(epath.Path(workdir) / "config.json", config.to_json())

@@ -18,10 +18,10 @@ T = TypeVar("T")
 class DataConfig:
     """Which data set, and how its trials become training examples."""
 
-    builder: Literal["haxby2001", "arrays"] = "haxby2001"
-    """The packaged experiment, or your own arrays."""
+    builder: Literal["haxby2001", "arrays", "prepared"] = "haxby2001"
+    """The packaged experiment, your own arrays, or a data set that is already prepared."""
     source: str | None = None
-    """arrays: an .npz file, or a folder of .npy files, with fmri, tokens, stimulus_id, run."""
+    """arrays: an .npz file, or a folder of .npy files, with fmri, tokens, stimulus_id, run. prepared: its folder."""
     normalisation: Literal["none", "run_zscore"] = "none"
     """arrays: leave the values as they are, or z-score each voxel within each run."""
     test_runs: tuple[int, ...] = ()
@@ -69,8 +69,10 @@ class Stage1Config:
     """Share of each batch that is the mean of several trials of one stimulus, so that means decode well."""
     eval_every: int = 100
     """Steps between validations; each writes a checkpoint."""
-    select: str = "val/loss"
-    """Validation number whose smallest value picks the checkpoint."""
+    select: Literal["val/loss", "val/mse", "val/kl", "val/soft_clip"] = "val/loss"
+    """Validation number that picks the checkpoint."""
+    select_mode: Literal["min", "max"] = "min"
+    """Whether its smallest or its largest value is best."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,8 +89,10 @@ class Stage2Config:
     """Adds this times the voxel MSE of the decoded prediction; for stimulus_mean targets."""
     eval_every: int = 100
     """Steps between validations; each writes a checkpoint."""
-    select: str = "val/mse"
-    """Validation number whose smallest value picks the checkpoint."""
+    select: Literal["val/mse", "val/pattern_r_centred", "val/voxel_r"] = "val/pattern_r_centred"
+    """Validation number, after decoding, that picks the checkpoint (val/mse favours predictions that are too small)."""
+    select_mode: Literal["min", "max"] = "max"
+    """Whether its smallest or its largest value is best."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,7 +126,7 @@ class Config:
         _require(
             (vae.latent_tokens, vae.latent_dim) == (mapper.tokens, mapper.width),
             f"brain_vae gives latents [{vae.latent_tokens}, {vae.latent_dim}] but mapper works on "
-            f"[{mapper.tokens}, {mapper.width}]; they must be equal",
+            f"[{mapper.tokens}, {mapper.width}]; they must be equal (0 everywhere: as the data set's tokens)",
         )
         _require(mapper.width % mapper.heads == 0, f"mapper.heads {mapper.heads} does not divide width {mapper.width}")
         _require(mapper.width % 2 == 0, f"mapper.width is {mapper.width}; it must be even")
@@ -144,11 +148,25 @@ class Config:
         _require(
             0 <= self.stage1.average_share <= 1, f"stage1.average_share is {self.stage1.average_share}, not 0 to 1"
         )
-        _require(
-            self.data.builder != "arrays" or self.data.source is not None,
-            "data.source is not given; the `arrays` data set needs your .npz file or folder: --data.source PATH",
-        )
         _require(self.log_every >= 1, f"log_every is {self.log_every}; expected at least 1")
+
+    def for_tokens(self, shape: tuple[int, int]) -> "Config":
+        """This config for a data set with tokens [t, d]: sizes that are 0 take the data set's.
+
+        Raises InputError where a size is given and differs.
+        """
+        given = (self.mapper.tokens, self.mapper.width)
+        if given == (0, 0):
+            brain_vae = dataclasses.replace(self.brain_vae, latent_tokens=shape[0], latent_dim=shape[1])
+            mapper = dataclasses.replace(self.mapper, tokens=shape[0], width=shape[1])
+            return dataclasses.replace(self, brain_vae=brain_vae, mapper=mapper)
+        if given != tuple(shape):
+            raise InputError(
+                f"the data set's tokens are [{shape[0]}, {shape[1]}] but the models are built for [{given[0]}, "
+                f"{given[1]}]; set mapper.tokens and brain_vae.latent_tokens to {shape[0]}, mapper.width and "
+                f"brain_vae.latent_dim to {shape[1]}, or all four to 0"
+            )
+        return self
 
     def to_json(self) -> str:
         """JSON text with every field."""

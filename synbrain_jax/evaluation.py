@@ -7,6 +7,8 @@ Shape letters: s stimuli, v voxels, n trials, t tokens, d token width.
 """
 
 import dataclasses
+import json
+import os
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from itertools import chain, cycle
@@ -15,15 +17,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 from jaxtyping import Array, Float, Int
 
 from synbrain_jax import metrics
 from synbrain_jax.baselines import baseline_predictions
-from synbrain_jax.data.pairs import Trials
+from synbrain_jax.data.pairs import Dataset, Trials, load_trials
 from synbrain_jax.data.voxels import Voxels
 from synbrain_jax.errors import InputError
+from synbrain_jax.files import write_npz, write_text
+from synbrain_jax.synthesis import SynBrain
 
 CEILING_DRAWS = 100
+SAMPLES = 8  # per stimulus, for the figure of samples beside trials
 MAX_SIMULATED_VALUES = 500_000_000  # over all draws: 10 draws at 3,000 trials of 15,724 voxels
 
 
@@ -183,6 +189,40 @@ def shifted_tokens_control(
     return float(np.mean([metrics.pattern_pearson(centred(patterns), target) for patterns in shifted]))
 
 
+def write_evaluation(
+    model: SynBrain, dataset: Dataset, folder: str | os.PathLike, split: str = "test", shift_tokens: int = 0
+) -> dict[str, Any]:
+    """Evaluates a trained system on a split of a data set; writes report.json and predictions.npz into `folder`.
+
+    Beside the arrays of `Evaluation`, predictions.npz holds the split's trials [n v] with trial_stimulus [n], and
+    samples [s k v], drawn with the spread of BrainVAE's posterior.
+
+    Args:
+        shift_tokens: as a control, the model is given the tokens of stimulus i + shift_tokens for stimulus i.
+
+    Returns:
+        The report.
+    """
+    train, validation, test = (load_trials(dataset, name) for name in ("train", "validation", split))
+    tokens = np.roll(test.tokens, -shift_tokens, axis=0)
+    evaluation = evaluate(
+        model.predict(tokens),
+        train=train,
+        validation=validation,
+        test=test,
+        voxels=dataset.voxels,
+        dataset=dataset.name,
+        split=split,
+    )
+    controls = {"shifted_tokens_pattern_r_centred": shifted_tokens_control(model.predict, test)}
+    report = {**evaluation.report, "controls": controls}
+    samples = model.synthesize(tokens, jax.random.key(0), k=SAMPLES, variability="posterior")
+    arrays = {"samples": samples, "trials": test.fmri, "trial_stimulus": test.stimulus}
+    write_npz(epath.Path(folder) / "predictions.npz", {**evaluation.arrays, **arrays})
+    write_text(epath.Path(folder) / "report.json", json.dumps(report, indent=2) + "\n")
+    return report
+
+
 # ---- noise ceiling ---------------------------------------------------------------------------------
 
 
@@ -205,7 +245,7 @@ def estimate_noise_ceiling(train: Trials, validation: Trials, test: Trials, voxe
     one real run where it has enough, so that noise common to a run is common here, and centring removes it.
     A ceiling is an expectation: on few stimuli a lucky test set lets a good prediction pass it.
     """
-    splits = [train, *([validation] if validation is not test else []), test]
+    splits = [*dict.fromkeys(part for part in (train, validation) if part is not test), test]
     place = {name: index for index, name in enumerate(dict.fromkeys(chain(*(part.stimulus_id for part in splits))))}
     places = [np.array([place[name] for name in part.stimulus_id]) for part in splits]
     stimulus = np.concatenate([index[part.stimulus] for index, part in zip(places, splits, strict=True)])

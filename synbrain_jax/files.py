@@ -42,6 +42,24 @@ def write_npz(path: str | os.PathLike, arrays: dict[str, np.ndarray]) -> None:
     write_bytes(path, buffer.getvalue())
 
 
+def write_npy(path: str | os.PathLike, array: np.ndarray) -> None:
+    """`write_bytes` of one array as .npy."""
+    buffer = io.BytesIO()
+    np.save(buffer, array, allow_pickle=False)
+    write_bytes(path, buffer.getvalue())
+
+
+def read_array(path: str | os.PathLike) -> np.ndarray:
+    """The array of an .npy; InputError if it is missing, damaged or holds Python objects."""
+    try:
+        array = np.load(io.BytesIO(epath.Path(path).read_bytes()), allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise InputError(f"{os.fspath(path)}: cannot be read as an .npy file ({error})") from error
+    if not isinstance(array, np.ndarray):
+        raise InputError(f"{os.fspath(path)}: is an .npz file; give it a name that ends in .npz")
+    return array
+
+
 def read_npz(path: str | os.PathLike) -> dict[str, np.ndarray]:
     """All arrays of an .npz; InputError if it is missing, damaged or holds Python objects."""
     try:

@@ -71,9 +71,9 @@ def _render(report: dict[str, Any], block: Callable[[list[list[str]], list[list[
         [_headline(report)],
         table(MAIN_COLUMNS),
         [
-            "Higher is better, except MSE (lower). Voxel r: over stimuli; pattern r and cosine: over voxels.",
-            "Centred: the mean over all stimuli of a run is removed from target and prediction, so a pattern",
-            "that is the same for every stimulus earns nothing.",
+            "Higher is better, except MSE (lower). Voxel r: over stimuli; pattern r and cosine: over voxels;",
+            "explained variance: the median voxel. Centred, and identification: the mean over stimuli is removed from",
+            "target and prediction, so that a pattern that is the same for every stimulus earns nothing.",
             f"Chance of identification: {chance:.3f} (top-1), 0.500 (two-way).",
         ],
         [TRIAL_HEADING],
@@ -159,10 +159,11 @@ def _read_run(workdir: epath.Path) -> _Run:
 
 
 def _need(path: epath.Path, workdir: epath.Path) -> epath.Path:
-    evaluated = path.name in ("report.json", "predictions.npz")
-    command = "synbrain evaluate" if evaluated else "python train.py CONFIG"
+    command = f"python train.py CONFIG --workdir {workdir}"
+    if path.name in ("report.json", "predictions.npz"):
+        command = f"synbrain evaluate --model {workdir / 'bundle'} --data DATA --out {workdir}"
     if not path.exists():
-        raise InputError(f"{path}: no such file; `{command} --workdir {workdir}` makes it")
+        raise InputError(f"{path}: no such file; `{command}` makes it")
     return path
 
 
@@ -188,7 +189,7 @@ def _read_voxels(workdir: epath.Path, n_voxels: int) -> Voxels:
     if voxels.order.size != n_voxels:
         raise InputError(
             f"{path}: {voxels.order.size} voxels, but predictions.npz has {n_voxels}; they are from different runs: "
-            f"run `synbrain evaluate --workdir {workdir}` again"
+            "run `synbrain evaluate` again"
         )
     return voxels
 

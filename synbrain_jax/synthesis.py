@@ -30,7 +30,9 @@ class SynBrain:
         self.mesh = make_mesh() if mesh is None else mesh
         self._params = jax.device_put(bundle.params, replicated(self.mesh))
         self._decode = jax.jit(
-            functools.partial(_decode_batch, bundle), static_argnames="k", out_shardings=batch_sharding(self.mesh)
+            functools.partial(_decode_batch, bundle),
+            static_argnames=("k", "varied"),
+            out_shardings=batch_sharding(self.mesh),
         )
 
     @property
@@ -89,7 +91,7 @@ class SynBrain:
             padded = np.pad(part, ((0, rows - len(part)), (0, 0), (0, 0)))
             index = np.arange(start, start + rows, dtype=np.int32)
             index, padded = jax.device_put((index, padded), batch_sharding(self.mesh))
-            voxels = self._decode(self._params, padded, index, key, std, k=k)
+            voxels = self._decode(self._params, padded, index, key, std, k=k, varied=variability != "none")
             out[start : start + len(part)] = np.asarray(voxels)[: len(part)]
         return out
 
@@ -112,7 +114,9 @@ def _decode_batch(
     index: Int[Array, " b"],
     key: PRNGKeyArray,
     std: Float[Array, "t d"],
+    *,
     k: int,
+    varied: bool,
 ) -> Float[Array, "b k v"]:
     config = bundle.config
     mapper, brain_vae = SemanticToNeural(config.mapper), BrainVAE(config.brain_vae)
@@ -120,13 +124,20 @@ def _decode_batch(
     inverse = np.argsort(model_order(bundle.config.data.voxel_order, bundle.voxels.order))
     offset, gain = jnp.asarray(bundle.offset), bundle.gain
 
+    def decode(latent):
+        pattern = brain_vae.apply({"params": params["brain_vae"]}, latent, len(offset), method="decode")
+        return pattern[:, inverse]
+
+    decoded = decode(mean)
+    expected = offset[None] + gain * decoded
+    if not varied:
+        return jnp.repeat(expected[:, None], k, axis=1)
+
     def sample(j):
         keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.fold_in(key, i), j))(index)
         noise = jax.vmap(lambda one: jax.random.normal(one, std.shape))(keys)
-        pattern = brain_vae.apply(
-            {"params": params["brain_vae"]}, mean + std[None] * noise, len(offset), method="decode"
-        )
-        return offset[None] + gain * pattern[:, inverse]
+        # The gain corrects the expected response; deviations from it are the decoder's own.
+        return expected + decode(mean + std[None] * noise) - decoded
 
     return jax.lax.map(sample, jnp.arange(k)).swapaxes(0, 1)
 

@@ -111,6 +111,17 @@ def make_train_step(
     return train_step
 
 
+def check_batch_sizes(config: Config, mesh: Mesh) -> None:
+    """Raises InputError if a stage's batch cannot be split over the mesh."""
+    parts = batch_parts(mesh)
+    for name, size in (("stage1", config.stage1.batch_size), ("stage2", config.stage2.batch_size)):
+        if size % parts:
+            raise InputError(
+                f"{name}.batch_size is {size}; it must be a multiple of {parts}, the number of parts into which this "
+                "mesh splits a batch (mesh.data x mesh.fsdp)"
+            )
+
+
 def fit(stage: Stage, config: Config, mesh: Mesh, folder: str | os.PathLike) -> PyTree:
     """Trains a stage to its last step, or from its newest checkpoint on, and returns the parameters that validate best.
 
@@ -118,14 +129,9 @@ def fit(stage: Stage, config: Config, mesh: Mesh, folder: str | os.PathLike) -> 
 
     Raises:
         NonFiniteLoss: the loss became NaN or infinite. Checkpoints from before are kept.
-        InputError: the batch cannot be split over the mesh, or `select` names no validation number.
+        InputError: a parameter cannot be split over the mesh, or `select` names no validation number.
     """
     folder, settings = epath.Path(folder), stage.config
-    if settings.batch_size % batch_parts(mesh):
-        raise InputError(
-            f"{stage.name}.batch_size is {settings.batch_size}; it must be a multiple of the {batch_parts(mesh)} parts "
-            "that the mesh splits a batch into (mesh.data x mesh.fsdp)"
-        )
     optimizer = make_optimizer(settings.optimizer, settings.steps)
     ema_decay = settings.optimizer.ema_decay
 
@@ -143,7 +149,7 @@ def fit(stage: Stage, config: Config, mesh: Mesh, folder: str | os.PathLike) -> 
     )
     frozen = jax.device_put(stage.frozen, replicated(mesh))
 
-    with Checkpoints(folder / "checkpoints", config) as checkpoints:
+    with Checkpoints(folder / "checkpoints", config, settings.select_mode) as checkpoints:
         start = checkpoints.latest or 0
         if start:
             target = jax.tree.map(
@@ -166,7 +172,7 @@ def fit(stage: Stage, config: Config, mesh: Mesh, folder: str | os.PathLike) -> 
                 if validating:
                     numbers = stage.validate(state.result)
                     progress.log(step, "val", numbers)
-                    checkpoints.save(step, state, stage.batches.get_state(), _selected_value(numbers, stage))
+                    checkpoints.save(step, state, stage.batches.get_state(), _selection_value(numbers, stage))
                 progress.advance(step)
 
         step, value = checkpoints.selected()
@@ -191,7 +197,7 @@ def _averaged(stage: str, step: int, pending: list[dict[str, Array]]) -> dict[st
     return {name: float(np.mean([terms[name] for terms in values])) for name in values[0]}
 
 
-def _selected_value(numbers: dict[str, float], stage: Stage) -> float:
+def _selection_value(numbers: dict[str, float], stage: Stage) -> float:
     name = stage.config.select.removeprefix("val/")
     if name not in numbers:
         known = ", ".join(f"val/{key}" for key in numbers)

@@ -202,11 +202,11 @@ def test_patterns_pair_measured_with_synthesised_on_one_symmetric_scale_per_kind
         expected = figures.volume_slice(values, v.ijk, SHAPE).T
         np.testing.assert_array_equal(image.get_array().filled(np.nan), expected)
         assert image.origin == "lower"
-    for kind in (drawn[:STIMULI], drawn[STIMULI:]):
+    for kind, name in ((drawn[:STIMULI], "target_centred"), (drawn[STIMULI:], "prediction_centred")):
         limits = {image.get_clim() for image in kind}
         assert len(limits) == 1
         low, high = limits.pop()
-        assert low == -high < 0
+        assert high == -low == pytest.approx(np.percentile(np.abs(a[name]), 99))
     labels = [image.axes.get_xlabel() for image in drawn[STIMULI:]]
     r = [
         scipy.stats.pearsonr(p, t).statistic for p, t in zip(a["prediction_centred"], a["target_centred"], strict=True)
@@ -235,6 +235,18 @@ def test_voxel_r_maps_share_one_scale_and_the_scatter_has_every_voxel():
     assert r.get_clim() == ceiling.get_clim() == (-1, 1)
     points = [panel.collections[0].get_offsets() for panel in figure.axes if panel.get_ylabel() == "r of the model"]
     np.testing.assert_allclose(points[0], np.stack([a["voxel_r_ceiling"], a["voxel_r"]], axis=1))
+
+
+def test_an_undefined_voxel_r_is_left_out_of_map_and_median():
+    r = arrays()["voxel_r"]
+    r[7] = np.nan
+    v = voxels()
+    panels = figures.voxel_r(r, None, STIMULI, v, "tiny").axes
+    expected = figures.volume_slice(r, v.ijk, SHAPE).T
+    np.testing.assert_array_equal(panels[0].images[0].get_array().filled(np.nan), expected)
+    legend = panels[1].get_legend().get_texts()[0].get_text()
+    assert legend == f"r of the model over {STIMULI} stimuli: median {np.median(np.delete(r, 7)):.2f}"
+    assert sum(bar.get_height() for bar in panels[1].patches) == VOXELS - 1
 
 
 def test_samples_show_trials_and_samples_of_the_most_reliable_voxels():
@@ -324,7 +336,9 @@ def test_missing_input_names_the_file_and_its_command_and_writes_nothing(tmp_pat
     write_run(tmp_path)
     (tmp_path / name).unlink()
     for write in (report.write_report, report.write_figures):
-        with pytest.raises(InputError, match=re.escape(str(tmp_path / name)) + f".*{command}.*--workdir"):
+        with pytest.raises(
+            InputError, match=re.escape(str(tmp_path / name)) + f".*{command}.*{re.escape(str(tmp_path))}"
+        ):
             write(tmp_path)
     assert not (tmp_path / "figures").exists()
     assert not (tmp_path / "report.txt").exists()

@@ -3,17 +3,17 @@
 A room of its own because it knows files and nothing of experiments.
 """
 
-import difflib
+import io
 import math
 import os
 import pathlib
 import zipfile
 import zlib
 from collections.abc import Iterator
-from typing import BinaryIO
 
 import numpy as np
 
+from synbrain_jax.config import nearest
 from synbrain_jax.errors import InputError
 
 _PIECE_BYTES = 64 * 2**20
@@ -50,9 +50,7 @@ def read_fields(source: str | os.PathLike, *, known: tuple[str, ...]) -> dict[st
             ) from error
         for name, array in found.items():
             if name not in known:
-                nearest = difflib.get_close_matches(name, known, n=1)
-                hint = f"did you mean '{nearest[0]}'?" if nearest else f"known are {', '.join(known)}."
-                raise InputError(f"{file}: unknown field '{name}'; {hint}")
+                raise InputError(f"{file}: unknown field '{name}'{nearest(name, known)}")
             if name in fields:
                 raise InputError(f"{file}: field '{name}' is also in another file of the folder; keep one.")
             fields[name] = array
@@ -105,7 +103,7 @@ def _read_npz(file: pathlib.Path) -> dict[str, np.ndarray]:
     return arrays
 
 
-def _header(stream: BinaryIO, where: str) -> tuple[tuple[int, ...], np.dtype]:
+def _header(stream: io.BufferedIOBase, where: str) -> tuple[tuple[int, ...], np.dtype]:
     """Reads the header of a NumPy array; refuses what holds objects or nothing."""
     try:
         version = np.lib.format.read_magic(stream)

@@ -17,6 +17,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import pathlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -87,7 +88,8 @@ def prepare_arrays(
     (at least one) to validation, a tenth to test, chosen by `seed`.
 
     Args:
-        source: an .npz file, or a folder with FIELD.npy (which are memory-mapped) and .npz files.
+        source: an .npz file, or a folder with FIELD.npy (which are memory-mapped) and .npz files. Its name stands
+            for the subject.
         name: of the data set among those in `data_dir`.
         normalisation: "none", or "run_zscore" to scale each voxel to mean 0 and variance 1 within each run.
         validation_runs, test_runs: runs that are held out; give both or neither.
@@ -119,7 +121,7 @@ def prepare_arrays(
         "seed": seed,
     }
     given = source_of_trials(
-        voxels=_voxels(where, fields, subject=name, normalisation=normalisation),
+        voxels=_voxels(where, fields, subject=pathlib.Path(source).stem, normalisation=normalisation),
         stimulus_id=stimulus_id,
         tokens_of=lambda index: tokens[token_row[index]],
         fmri=fmri,
@@ -303,7 +305,8 @@ class _RunScaled:
         for start, piece in pieces(fmri):  # a second pass: a difference of large sums would lose the variance
             for r, rows in self._rows_of_runs(start, piece):
                 variance[r] += ((rows - self._mean[r]) ** 2).sum(axis=0) / counts[r]
-        self._sd = np.sqrt(np.where(variance > 0, variance, 1))
+        sd = np.sqrt(variance)
+        self._sd = np.where(sd > 1e-9 * np.abs(self._mean), sd, np.inf)  # a constant voxel: 0, not its rounding error
 
     def _rows_of_runs(self, start: int, piece: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
         run = self._run[start : start + len(piece)]

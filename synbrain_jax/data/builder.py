@@ -148,8 +148,10 @@ def source_of_trials(
         raise InputError(f"permute '{permute}': expected 'none' or 'trial'.")
 
     def records(name: str) -> Iterator[Record]:
-        for index in np.unique(stimulus[split == name]):
-            rows = np.flatnonzero((stimulus == index) & (split == name))
+        rows_of_split = np.flatnonzero(split == name)
+        shown, counts = np.unique(stimulus[rows_of_split], return_counts=True)
+        by_stimulus = rows_of_split[np.argsort(stimulus[rows_of_split], kind="stable")]
+        for index, rows in zip(shown, np.split(by_stimulus, np.cumsum(counts)[:-1]), strict=True):
             yield Record(
                 stimulus_id=stimulus_id[index],
                 tokens=np.asarray(tokens_of(index), np.float32),

@@ -102,13 +102,15 @@ def prepare_haxby(data_dir: str | os.PathLike, *, permute: str = "none", seed: i
 def detrend_and_zscore_runs(bold: Int[np.ndarray, "n v"], run: Int[np.ndarray, "n"]) -> Float[np.ndarray, "n v"]:
     """Removes each voxel's linear trend within each run and scales it there to mean 0 and variance 1 (float32).
 
-    All volumes of a run count, rest included. A voxel that is constant in a run becomes 0.
+    All volumes of a run count, rest included. A voxel that is constant in a run, or a line, becomes 0 there.
     """
     result = np.empty(bold.shape, np.float32)
     for r in np.unique(run):
-        flat = scipy.signal.detrend(bold[run == r].astype(np.float64), axis=0)
+        measured = bold[run == r].astype(np.float64)
+        flat = scipy.signal.detrend(measured, axis=0)
         sd = flat.std(axis=0)
-        result[run == r] = flat / np.where(sd > 0, sd, 1)
+        varies = sd > 1e-9 * np.abs(measured).max(axis=0)  # else what is left is rounding error
+        result[run == r] = np.divide(flat, sd, out=np.zeros_like(flat), where=varies)
     return result
 
 

@@ -18,6 +18,7 @@ import dataclasses
 import functools
 import os
 from collections.abc import Mapping
+from typing import SupportsIndex
 
 import grain
 import numpy as np
@@ -67,7 +68,7 @@ class Records:
     def __len__(self) -> int:
         return len(self._source)
 
-    def __getitem__(self, index: int) -> Record:
+    def __getitem__(self, index: SupportsIndex) -> Record:
         index = range(len(self))[index]
         if self._kept is not None and index in self._kept:
             return self._kept[index]

@@ -27,7 +27,7 @@ _xavier = nn.initializers.xavier_uniform()
 
 @dataclasses.dataclass(frozen=True)
 class MapperConfig:
-    """Architecture of the mapper. Input and output are both [tokens, width]."""
+    """Architecture of the mapper. Input and output are both [tokens, width]; in a run, 0 takes the data set's."""
 
     tokens: int = 256
     width: int = 1664

@@ -1,0 +1,171 @@
+"""Losses against closed forms, numerical integration, plain loops and the released system's values."""
+
+import inspect
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from released import load, relative_error
+from scipy.integrate import quad
+from scipy.stats import norm
+
+from synbrain_jax import losses
+
+OPS, FORWARD = load("ops.npz"), load("brainvae_forward.npz")
+
+
+def normal(*shape, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
+# --- voxels ---
+
+
+def test_squared_error_sums_over_voxels_and_averages_over_the_batch():
+    prediction, target = jnp.array([[1.0, 2.0, 3.0], [0.0, 0.0, 0.0]]), jnp.array([[1.0, 0.0, 0.0], [1.0, 1.0, 1.0]])
+    assert losses.squared_error(prediction, target) == (0 + 4 + 9 + 1 + 1 + 1) / 2
+    assert losses.voxel_mse(prediction, target) == pytest.approx(16 / 6)
+
+
+def test_squared_error_is_the_released_reconstruction_loss():
+    error = losses.squared_error(jnp.asarray(FORWARD["recon"][:, 0]), jnp.asarray(FORWARD["x"][:, 0]))
+    np.testing.assert_allclose(error, FORWARD["recon_loss"], rtol=2e-6)
+
+
+def test_gradient_of_voxel_mse_is_proportional_to_the_error():
+    prediction, target = normal(3, 5), normal(3, 5, seed=1)
+    expected = 2 * (np.asarray(prediction) - np.asarray(target)) / 15
+    assert relative_error(jax.grad(losses.voxel_mse)(prediction, target), expected) <= 1e-6
+
+
+# --- KL divergence ---
+
+
+@pytest.mark.parametrize(("mean", "logvar"), [(0.0, 0.0), (1.5, 0.0), (-0.7, -2.0), (0.3, 1.2)])
+def test_kl_is_the_integral_that_defines_it(mean, logvar):
+    p = norm(mean, math.exp(logvar / 2))
+    expected, _ = quad(lambda z: p.pdf(z) * (p.logpdf(z) - norm.logpdf(z)), *p.interval(1 - 1e-15))
+    actual = losses.kl_to_standard_normal(jnp.full((1, 1, 1), mean), jnp.full((1, 1, 1), logvar))
+    assert float(actual) == pytest.approx(expected, abs=1e-6)
+
+
+def test_kl_sums_over_the_latent_and_averages_over_the_batch():
+    mean, logvar = jnp.asarray(FORWARD["posterior_mean"]), jnp.asarray(FORWARD["posterior_logvar"])
+    for i, expected in enumerate(FORWARD["kl_per_sample"]):
+        one = losses.kl_to_standard_normal(mean[i : i + 1], logvar[i : i + 1])
+        np.testing.assert_allclose(one, expected, rtol=2e-6)
+    np.testing.assert_allclose(losses.kl_to_standard_normal(mean, logvar), FORWARD["kl_loss"], rtol=2e-6)
+
+
+# --- soft-CLIP ---
+
+
+def loop_soft_clip(latents, tokens, temperature):
+    """The definition, term by term, in float64."""
+    p, t = (np.asarray(a, np.float64).reshape(len(a), -1) for a in (latents, tokens))
+    p, t = (rows / np.linalg.norm(rows, axis=1, keepdims=True) for rows in (p, t))
+    total, b = 0.0, len(t)
+    for i in range(b):
+        target = np.exp([t[i] @ t[j] / temperature for j in range(b)])
+        to_tokens = np.exp([p[i] @ t[j] / temperature for j in range(b)])
+        to_latents = np.exp([p[j] @ t[i] / temperature for j in range(b)])
+        for j in range(b):
+            weight = target[j] / target.sum()
+            total -= weight * math.log(to_tokens[j] / to_tokens.sum())
+            total -= weight * math.log(to_latents[j] / to_latents.sum())
+    return total / (2 * b)
+
+
+def test_soft_clip_and_its_gradient_match_the_release():
+    latents, tokens = jnp.asarray(OPS["softclip/preds"]), jnp.asarray(OPS["softclip/targs"])
+    value, gradient = jax.value_and_grad(losses.soft_clip)(latents, tokens)
+    np.testing.assert_allclose(value, OPS["softclip/loss"], rtol=2e-6)
+    assert relative_error(gradient, OPS["softclip/grad_preds"]) <= 1e-5
+
+
+@pytest.mark.parametrize(("batch", "temperature"), [(1, 0.125), (2, 1.0), (5, 0.125), (5, 0.5)])
+def test_soft_clip_is_its_definition(batch, temperature):
+    latents, tokens = normal(batch, 3, 4), normal(batch, 3, 4, seed=1)
+    expected = loop_soft_clip(latents, tokens, temperature)
+    assert float(losses.soft_clip(latents, tokens, temperature)) == pytest.approx(expected, rel=1e-5, abs=1e-6)
+
+
+def test_soft_clip_default_temperature_is_an_eighth():
+    latents, tokens = normal(4, 3, 4), normal(4, 3, 4, seed=1)
+    assert losses.soft_clip(latents, tokens) == losses.soft_clip(latents, tokens, 0.125)
+
+
+def test_soft_clip_ignores_the_length_of_vectors_and_is_least_at_the_tokens_themselves():
+    latents, tokens = normal(4, 3, 4), normal(4, 3, 4, seed=1)
+    lengths = jnp.array([0.1, 1.0, 7.0, 1e3])[:, None, None]
+    value = losses.soft_clip(latents, tokens)
+    assert float(losses.soft_clip(lengths * latents, lengths[::-1] * tokens)) == pytest.approx(float(value), rel=1e-5)
+    # At latents = tokens a cross-entropy is the entropy of its target, its lower bound.
+    assert losses.soft_clip(tokens, tokens) < value
+    gradient = jax.grad(losses.soft_clip)(tokens, tokens)
+    assert jnp.abs(gradient).max() < 1e-6
+
+
+def test_soft_clip_of_an_all_zero_latent_has_a_finite_gradient():
+    latents, tokens = normal(3, 2, 4).at[1].set(0), normal(3, 2, 4, seed=1)
+    value, gradient = jax.value_and_grad(losses.soft_clip, argnums=(0, 1))(latents, tokens)
+    assert np.isfinite(value)
+    assert all(np.isfinite(g).all() for g in gradient)
+    value, gradient = jax.value_and_grad(losses.soft_clip, argnums=(0, 1))(tokens, latents)
+    assert np.isfinite(value)
+    assert all(np.isfinite(g).all() for g in gradient)
+
+
+def test_soft_clip_of_bfloat16_is_computed_in_float32():
+    latents, tokens = normal(3, 2, 4).astype(jnp.bfloat16), normal(3, 2, 4, seed=1).astype(jnp.bfloat16)
+    value = losses.soft_clip(latents, tokens)
+    assert value.dtype == jnp.float32
+    assert float(value) == pytest.approx(loop_soft_clip(latents, tokens, 0.125), rel=1e-5)
+
+
+# --- mapper ---
+
+
+@pytest.mark.parametrize("weight", [None, [1.0, 2.0, 0.0]])
+@pytest.mark.parametrize("prediction", ["x", "v"])
+def test_mapper_mse_is_its_definition(prediction, weight):
+    output, tokens, latent = (np.asarray(normal(3, 2, 4, seed=i)) for i in range(3))
+    target = latent if prediction == "x" else latent - tokens
+    expected = np.mean((np.ones(3) if weight is None else np.array(weight)) * ((output - target) ** 2).mean((1, 2)))
+    weight = None if weight is None else jnp.array(weight)
+    actual = losses.mapper_mse(jnp.asarray(output), jnp.asarray(tokens), jnp.asarray(latent), prediction, weight)
+    assert float(actual) == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("prediction", ["x", "v"])
+def test_mapper_mse_is_zero_exactly_where_the_prediction_is_right(prediction):
+    tokens, latent = normal(3, 2, 4), normal(3, 2, 4, seed=1)
+    output = latent if prediction == "x" else latent - tokens
+    assert losses.mapper_mse(output, tokens, latent, prediction) == 0
+
+
+def test_mapper_mse_refuses_an_unknown_prediction():
+    x = normal(1, 2, 3)
+    with pytest.raises(ValueError, match="prediction is 'eps'; expected 'x' or 'v'"):
+        losses.mapper_mse(x, x, x, "eps")
+
+
+# --- shapes ---
+
+
+@pytest.mark.parametrize(
+    ("loss", "arguments"),
+    [
+        (losses.squared_error, (normal(2, 3), normal(2, 1))),
+        (losses.voxel_mse, (normal(2, 3), normal(1, 3))),
+        (losses.kl_to_standard_normal, (normal(2, 3, 4), normal(2, 3, 1))),
+        (losses.soft_clip, (normal(2, 3, 4), normal(1, 3, 4))),
+        (losses.mapper_mse, (normal(2, 3, 4), normal(2, 3, 4), normal(2, 1, 4), "x")),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_shapes_that_would_broadcast_are_refused_without_the_test_suites_own_checks(loss, arguments):
+    with pytest.raises(AssertionError, match="shape"):
+        inspect.unwrap(loss)(*arguments)
