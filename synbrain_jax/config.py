@@ -5,13 +5,12 @@ import difflib
 import json
 import types
 import typing
-from typing import Any, Literal, TypeVar
+from collections.abc import Iterable
+from typing import Any, Literal
 
 from synbrain_jax.errors import InputError
 from synbrain_jax.models.brain_vae import BrainVAEConfig
 from synbrain_jax.models.semantic_to_neural import MapperConfig
-
-T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,7 +186,7 @@ class Config:
         return [f"{k}: {here.get(k)!r} here, {there.get(k)!r} there" for k in here if here.get(k) != there.get(k)]
 
 
-def nearest(name: str, known: typing.Iterable[str]) -> str:
+def nearest(name: str, known: Iterable[str]) -> str:
     """ "; did you mean 'x'?" if something known resembles `name`, else the list of what is known."""
     known = sorted(known)
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
@@ -206,7 +205,7 @@ def _flatten(tree: dict, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _parse(kind: type[T], value: Any, field: str) -> T:
+def _parse(kind: Any, value: Any, field: str) -> Any:
     """`value`, as it came from JSON, as the annotated type `kind`; errors name the field by its dotted path."""
     origin, options = typing.get_origin(kind), typing.get_args(kind)
     if dataclasses.is_dataclass(kind):

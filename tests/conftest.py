@@ -1,13 +1,52 @@
 """Test-wide settings: eight virtual CPU devices, strict ranks, and shapes checked on every public call."""
 
 import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 
 import jax
+import pytest
 from jaxtyping import install_import_hook
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # Every jaxtyping annotation of the package is checked at run time, in the tests only.
 install_import_hook("synbrain_jax", "beartype.beartype")
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="session")
+def start_training(tmp_path_factory) -> Callable[..., subprocess.Popen]:
+    """Starts `train.py` as a user does: a process of its own, one device. What one compiled, later ones find."""
+    environment = {
+        **os.environ,
+        "XLA_FLAGS": "",
+        "JAX_COMPILATION_CACHE_DIR": os.fspath(tmp_path_factory.mktemp("compiled")),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
+    }
+
+    def start(*arguments: str, **options) -> subprocess.Popen:
+        command = [sys.executable, os.fspath(ROOT / "train.py"), *arguments]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        return subprocess.Popen(command, env=environment, **pipes, **options)
+
+    return start
+
+
+@pytest.fixture(scope="session")
+def train(start_training) -> Callable[..., str]:
+    """Runs `train.py` to its end and returns what it printed; fails if it does not succeed."""
+
+    def run(*arguments: str, **options) -> str:
+        process = start_training(*arguments, **options)
+        out, err = process.communicate(timeout=600)
+        assert process.returncode == 0, err
+        return out
+
+    return run

@@ -1,4 +1,4 @@
-"""The released system's golden arrays, and its parameter names in terms of ours. Arrays and sizes are in tests/golden."""
+"""The released system's golden arrays (tests/golden), and its parameter names in terms of ours."""
 
 import json
 import re

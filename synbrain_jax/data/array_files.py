@@ -83,11 +83,7 @@ def check_finite(where: str, name: str, array: np.ndarray) -> None:
 
 def _read_npy(file: pathlib.Path) -> np.ndarray:
     with file.open("rb") as stream:
-        shape, dtype = _header(stream, f"{file}")
-        needed = stream.tell() + dtype.itemsize * math.prod(shape)
-    size = file.stat().st_size
-    if size < needed:
-        raise InputError(f"{file}: truncated; {size} bytes of the {needed} that its header announces. Write it again.")
+        _check_header(stream, f"{file}")
     return np.load(file, mmap_mode="r", allow_pickle=False)
 
 
@@ -97,14 +93,14 @@ def _read_npz(file: pathlib.Path) -> dict[str, np.ndarray]:
         for member in archive.namelist():
             name = member.removesuffix(".npy")
             with archive.open(member) as stream:
-                _header(stream, f"{file}: field '{name}'")
+                _check_header(stream, f"{file}: field '{name}'")
                 stream.seek(0)
                 arrays[name] = np.lib.format.read_array(stream, allow_pickle=False)
     return arrays
 
 
-def _header(stream: io.BufferedIOBase, where: str) -> tuple[tuple[int, ...], np.dtype]:
-    """Reads the header of a NumPy array; refuses what holds objects or nothing."""
+def _check_header(stream: io.BufferedIOBase, where: str) -> None:
+    """Refuses what is not a NumPy array, and an array that holds objects or nothing."""
     try:
         version = np.lib.format.read_magic(stream)
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
@@ -117,4 +113,3 @@ def _header(stream: io.BufferedIOBase, where: str) -> tuple[tuple[int, ...], np.
         )
     if math.prod(shape) == 0:
         raise InputError(f"{where}: empty, its shape is {shape}.")
-    return shape, dtype

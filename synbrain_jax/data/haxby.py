@@ -42,8 +42,8 @@ class Haxby2001(PairsBuilder, skip_registration=True):
 
     name = "haxby2001"
     BUILDER_CONFIGS: ClassVar[list[HaxbyConfig]] = [
-        HaxbyConfig(name="none", description="the measured labels"),
-        HaxbyConfig(name="trial", description="stimulus labels permuted among the training trials", permute="trial"),
+        HaxbyConfig(name="default", description="the measured labels"),
+        HaxbyConfig(name="permuted", description="stimulus labels permuted among the training trials", permute="trial"),
     ]
 
     def _load(self) -> Source:
@@ -92,10 +92,10 @@ def prepare_haxby(data_dir: str | os.PathLike, *, permute: str = "none", seed: i
     """
     if permute not in ("none", "trial"):
         raise InputError(f"permute '{permute}': expected 'none' or 'trial'.")
-    if permute == "none" or seed == 0:
-        config = permute
+    if permute == "none":
+        config = "default"
     else:
-        config = HaxbyConfig(name=f"{permute}-{seed}", permute=permute, seed=seed)
+        config = "permuted" if seed == 0 else HaxbyConfig(name=f"permuted-{seed}", permute=permute, seed=seed)
     return prepare(Haxby2001(data_dir=epath.Path(data_dir).expanduser(), config=config))
 
 

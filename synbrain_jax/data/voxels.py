@@ -9,9 +9,9 @@ import os
 import numpy as np
 from jaxtyping import Float, Int
 
+from synbrain_jax import metrics
 from synbrain_jax.errors import InputError
 from synbrain_jax.files import read_npz, write_npz
-from synbrain_jax.metrics import ncsnr
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -87,22 +87,18 @@ def hilbert_order(ijk: Int[np.ndarray, "v axes"]) -> Int[np.ndarray, "v"]:
 def repeat_ncsnr(
     fmri: Float[np.ndarray, "n v"], stimulus: Int[np.ndarray, "n"], run: Int[np.ndarray, "n"]
 ) -> Float[np.ndarray, "v"] | None:
-    """Noise-ceiling signal-to-noise ratio per voxel, float32, or None where no stimulus repeats.
+    """Noise-ceiling signal-to-noise ratio of one repeat per voxel, float32; None where no stimulus repeats.
 
-    If any stimulus occurs in several runs, one repeat is the mean over the trials of one stimulus in one
-    run, because trials within a run (a block) are autocorrelated; otherwise one repeat is one trial. Where
-    several runs hold the same set of stimuli, each run's mean over its stimuli is removed first. The ratio
-    itself is `metrics.ncsnr`.
+    `metrics.repeats` says what a repeat is, `metrics.ncsnr` what the ratio is. Where all runs hold the same stimuli,
+    each run's mean over its stimuli is removed first.
     """
-    pairs, unit = np.unique(np.stack([stimulus, run]), axis=1, return_inverse=True)
-    unit_stimulus, unit_run = pairs
-    if len(np.unique(unit_stimulus)) == len(unit_stimulus):  # every stimulus stays within one run
-        return None if len(unit_stimulus) == len(stimulus) else ncsnr(fmri, stimulus).astype(np.float32)
-    by_unit = np.argsort(unit, kind="stable")
-    sizes = np.bincount(unit)
-    means = np.add.reduceat(fmri[by_unit], np.cumsum(sizes) - sizes, axis=0) / sizes[:, None]
-    stimuli_of_run = {r: frozenset(unit_stimulus[unit_run == r]) for r in np.unique(unit_run)}
-    if len(set(stimuli_of_run.values())) == 1 and len(unit_stimulus) > len(stimuli_of_run):
-        for r in stimuli_of_run:
-            means[unit_run == r] -= means[unit_run == r].mean(axis=0)
-    return ncsnr(means, unit_stimulus).astype(np.float32)
+    units = metrics.repeats(fmri, stimulus, run)
+    if len(np.unique(units.stimulus)) == len(units.stimulus):
+        return None
+    values = units.fmri.copy()
+    run_of_unit = run[[rows[0] for rows in metrics.group_rows(units.of_trial)]]
+    members = metrics.group_rows(run_of_unit)
+    if len({frozenset(units.stimulus[rows]) for rows in members}) == 1:
+        for rows in members:
+            values[rows] -= values[rows].mean(axis=0)
+    return metrics.ncsnr(values, units.stimulus).astype(np.float32)

@@ -266,7 +266,8 @@ BAD_FIELDS = {
 
 @pytest.mark.parametrize("file", ["mine.npz", "mine"])
 @pytest.mark.parametrize(("changes", "message"), BAD_FIELDS.values(), ids=BAD_FIELDS)
-def test_a_bad_field_is_named_and_nothing_is_left(tmp_path, file, changes, message):
+def test_a_bad_field_is_named_and_nothing_is_left(tmp_path, monkeypatch, file, changes, message):
+    monkeypatch.setattr("synbrain_jax.data.array_files._PIECE_BYTES", 100)
     source = write(tmp_path / file, experiment(**changes))
     with pytest.raises(InputError, match=message) as error:
         prepare_arrays(source, tmp_path / "data", name="mine")

@@ -117,7 +117,7 @@ def test_noise_ceiling_ratio_comes_from_the_blocks_of_all_runs(dataset):
 
 def test_permuted_labels_leave_nothing_to_learn_but_the_test_as_it_was(data_dir, dataset):
     permuted = open_dataset(prepare_haxby(data_dir, permute="trial"))
-    assert permuted.name == "haxby2001/trial"
+    assert permuted.name == "haxby2001/permuted"
     reseeded = open_dataset(prepare_haxby(data_dir, permute="trial", seed=5))
     true, *shuffled = (load_trials(each, "train") for each in (dataset, permuted, reseeded))
     test = load_trials(dataset, "test")
@@ -137,7 +137,7 @@ def test_permuted_labels_leave_nothing_to_learn_but_the_test_as_it_was(data_dir,
 def test_modules_that_define_builders_can_be_imported_again(tmp_path):
     for module in (haxby, arrays):
         importlib.reload(module)
-    assert open_dataset(haxby.prepare_haxby(tmp_path)).name == "haxby2001/none"
+    assert open_dataset(haxby.prepare_haxby(tmp_path)).name == "haxby2001/default"
 
 
 def test_the_licence_of_the_data_lies_beside_them():

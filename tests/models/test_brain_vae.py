@@ -19,7 +19,7 @@ SIT = load("sit_forward.npz")
 MODEL = BrainVAE(brain_vae_config())
 LONG, OTHER = FORWARD["x"].shape[-1], SHORT["x"].shape[-1]
 
-# Exactly zero but for rounding: a constant before a softmax over keys or a normalisation over positions changes nothing.
+# Zero but for rounding: a constant added before a softmax over keys or a normalisation over positions changes nothing.
 ZERO_GRADIENTS = {
     "encoder.down.0.block.0.conv1.bias",
     "encoder.mid.attn_1.k.bias",
@@ -70,7 +70,7 @@ def loss_and_gradient():
     @jax.jit
     def run(params, fmri, tokens, noise=None):
         def total(params):
-            with mock.patch.object(jax.random, "normal", lambda key, shape, dtype: noise):
+            with mock.patch.object(jax.random, "normal", return_value=noise):
                 output = MODEL.apply({"params": params}, fmri, None if noise is None else jax.random.key(0))
             parts = {
                 "recon": losses.squared_error(output.reconstruction, fmri),
@@ -231,12 +231,12 @@ def test_gradient_with_fewer_voxels_than_pooling_bins(short):
 def test_posterior_sample_has_the_posteriors_moments_and_follows_its_key():
     shape = (4, 50, 100)
     posterior = Posterior(jnp.full(shape, 3.0), jnp.full(shape, 2 * jnp.log(0.5)))
-    draw = posterior.sample(jax.random.key(0))
+    draw, again, other = (np.asarray(posterior.sample(jax.random.key(seed))) for seed in (0, 0, 1))
     n = draw.size
     assert abs(draw.mean() - 3) <= 4 * 0.5 / n**0.5
     assert abs(draw.std() - 0.5) <= 4 * 0.5 / (2 * n) ** 0.5
-    np.testing.assert_array_equal(draw, posterior.sample(jax.random.key(0)))
-    assert not np.isin(draw, posterior.sample(jax.random.key(1))).all()
+    np.testing.assert_array_equal(draw, again)
+    assert abs(np.corrcoef(draw.ravel(), other.ravel())[0, 1]) <= 4 / n**0.5
 
 
 # --- sizes ---

@@ -1,8 +1,9 @@
 """One table of models, crossed with every property that each of them must have."""
 
 import dataclasses
+import re
 from collections.abc import Callable
-from functools import cache, partial
+from functools import cache, cached_property, partial
 
 import chex
 import flax.linen as nn
@@ -12,10 +13,13 @@ import numpy as np
 import pytest
 from flax import nnx
 from flax.traverse_util import flatten_dict, path_aware_map
-from released import relative_error
 
 from synbrain_jax.models.brain_vae import BrainVAE, BrainVAEConfig
 from synbrain_jax.models.semantic_to_neural import MapperConfig, SemanticToNeural
+
+
+# Most of the time of these tests is compilation; the machine code need not be fast.
+quick_jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def normal(*shape, seed=0):
@@ -24,13 +28,15 @@ def normal(*shape, seed=0):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Case:
-    """A model as a function of changes to its configuration, and one batch of inputs (the first is the data)."""
+    """A model as a function of changes to its configuration, the changes that save memory, and one batch of inputs."""
 
     name: str
     build: Callable[..., nn.Module]
-    inputs: tuple
+    saves_memory: dict
+    inputs: tuple  # the data, and a key or a time
 
-    def random_params(self):
+    @cached_property
+    def params(self):
         """Nothing at its initial zero, so that every parameter matters."""
         shapes = jax.eval_shape(self.build().init, jax.random.key(0), *self.inputs)["params"]
         rng = np.random.default_rng(0)
@@ -46,15 +52,22 @@ class Case:
         output = model.apply({"params": params}, *inputs)
         return sum(jnp.square(leaf).sum() for leaf in jax.tree.leaves(output)), output
 
-    @cache
-    def compiled(self, **changes):
-        """(params, *inputs) -> ((energy, output), gradient of the energy in the parameters), jitted."""
-        return jax.jit(jax.value_and_grad(partial(self.energy, self.build(**changes)), has_aux=True))
 
-    @cache
-    def result(self, **changes):
-        (_, output), gradient = self.compiled(**changes)(self.random_params(), *self.inputs)
-        return output, gradient
+@cache
+def compiled(case, **changes):
+    """(params, *inputs) -> ((energy, output), gradient of the energy in the parameters), jitted."""
+    return quick_jit(jax.value_and_grad(partial(case.energy, case.build(**changes)), has_aux=True))
+
+
+@cache
+def result(case, **changes):
+    """Output and gradient for the case's own inputs, as NumPy arrays."""
+    (_, output), gradient = compiled(case, **changes)(case.params, *case.inputs)
+    return on_host(output), on_host(gradient)
+
+
+def on_host(tree):
+    return jax.tree.map(np.asarray, tree)
 
 
 def brain_vae(**changes):
@@ -68,8 +81,8 @@ def mapper(**changes):
 
 
 CASES = [
-    Case("BrainVAE", brain_vae, (normal(3, 21), jax.random.key(7))),
-    Case("SemanticToNeural", mapper, (normal(3, 6, 8), jnp.array([0.0, 0.2, 0.9]))),
+    Case("BrainVAE", brain_vae, dict(remat=True, attention_chunk=2), (normal(3, 21), jax.random.key(7))),
+    Case("SemanticToNeural", mapper, dict(remat=True), (normal(3, 6, 8), jnp.array([0.0, 0.2, 0.9]))),
 ]
 
 
@@ -78,14 +91,22 @@ def case(request):
     return request.param
 
 
-def assert_close(actual, expected, tolerance):
-    """Every array within `tolerance` of the other's largest entry, or of 1e-4 of the largest of all."""
-    floor = 1e-4 * max(np.abs(leaf).max() for leaf in jax.tree.leaves(expected))
+def assert_same_output(actual, expected, tolerance=2e-5):
+    """Every array within `tolerance` of the other's largest entry."""
 
     def check(path, a, e):
         assert a.shape == e.shape
-        difference = np.abs(np.asarray(a, np.float64) - np.asarray(e, np.float64)).max()
-        assert difference <= tolerance * max(np.abs(e).max(), floor), jax.tree_util.keystr(path)
+        assert np.abs(a - e).max() <= tolerance * np.abs(e).max(), jax.tree_util.keystr(path)
+
+    jax.tree_util.tree_map_with_path(check, on_host(actual), expected)
+
+
+def assert_same_gradient(actual, expected, tolerance=1e-4):
+    """The same for gradients, where one below 1 % of the largest is held to that: some are zero but for rounding."""
+    floor = 1e-2 * max(np.abs(leaf).max() for leaf in jax.tree.leaves(expected))
+
+    def check(path, a, e):
+        assert np.abs(a - e).max() <= tolerance * max(np.abs(e).max(), floor), jax.tree_util.keystr(path)
 
     jax.tree_util.tree_map_with_path(check, actual, expected)
 
@@ -98,90 +119,91 @@ def test_variables_are_float32_parameters_and_nothing_else(case, dtype):
 
 
 def test_bfloat16_compute_gives_float32_close_to_float32s(case):
-    (output, gradient), (exact, exact_gradient) = case.result(dtype="bfloat16"), case.result()
+    (output, gradient), (exact, exact_gradient) = result(case, dtype="bfloat16"), result(case)
     for actual, expected in zip(jax.tree.leaves(output), jax.tree.leaves(exact), strict=True):
         assert actual.dtype == jnp.float32
-        assert 1e-5 < relative_error(actual, expected) < 4e-2  # bfloat16 rounds to 0.4 %, many times over
-    a, e = (np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(g)]) for g in (gradient, exact_gradient))
+        # bfloat16 rounds to 0.4 %, many times over; an error of rounding in float32 would mean that it was not used.
+        assert 1e-4 < np.linalg.norm(actual - expected) / np.linalg.norm(expected) < 5e-2
+    a, e = (np.concatenate([leaf.ravel() for leaf in jax.tree.leaves(g)]) for g in (gradient, exact_gradient))
     assert a.dtype == np.float32
-    assert a @ e / np.linalg.norm(a) / np.linalg.norm(e) > 0.99
+    assert np.linalg.norm(a - e) / np.linalg.norm(e) < 1e-1
 
 
 def test_jit_equals_eager(case):
-    output, _ = case.result()
-    assert_close(case.build().apply({"params": case.random_params()}, *case.inputs), output, 1e-5)
+    assert_same_output(case.build().apply({"params": case.params}, *case.inputs), result(case)[0])
 
 
-def test_rematerialisation_changes_neither_value_nor_gradient(case):
-    assert_close(case.result(remat=True), case.result(), 1e-5)
+def test_saving_memory_changes_neither_value_nor_gradient(case):
+    (output, gradient), (plain_output, plain_gradient) = result(case, **case.saves_memory), result(case)
+    assert_same_output(output, plain_output)
+    assert_same_gradient(gradient, plain_gradient)
 
 
-def test_rematerialisation_recomputes_the_blocks(case):
+def test_rematerialisation_recomputes_every_block(case):
     def program(remat):
         model = case.build(remat=remat)
-        return str(jax.make_jaxpr(partial(case.energy, model))(case.random_params(), *case.inputs))
+        return str(jax.make_jaxpr(partial(case.energy, model))(case.params, *case.inputs))
 
-    assert program(True).count("policy=None") >= 2  # a parameter of the checkpoint primitive
+    parts = [(path[:i], path[i]) for path in flatten_dict(case.params) for i in range(len(path))]
+    blocks = {(*above, name) for above, name in parts if re.search(r"block_\d$|attn_1$", name)}
+    assert program(True).count("policy=None") == len(blocks)  # a parameter of the checkpoint primitive
     assert "policy=None" not in program(False)
 
 
 def test_equal_configurations_and_shapes_compile_once(case):
-    @partial(jax.jit, static_argnums=0)
+    chex.clear_trace_counter()
+
+    @partial(quick_jit, static_argnums=0)
     @chex.assert_max_traces(n=1)
     def apply(model, params, *inputs):
         return model.apply({"params": params}, *inputs)
 
-    params, (data, extra) = case.random_params(), case.inputs
-    apply(case.build(), params, data, extra)
-    apply(case.build(), jax.tree.map(jnp.zeros_like, params), 2 * data, extra)
+    data, extra = case.inputs
+    apply(case.build(), case.params, data, extra)
+    apply(case.build(), case.params, 2 * data, extra)
     with pytest.raises(AssertionError, match="traced > 1 times"):
-        apply(case.build(), params, data[:2], extra if extra.ndim == 0 else extra[:2])
+        apply(case.build(dtype="bfloat16"), case.params, data, extra)
 
 
 def test_gradient_is_the_slope_of_the_energy(case):
     """Along the gradient's own direction the derivative is the gradient's norm; against a central difference."""
-    run, params = case.compiled(), case.random_params()
-    _, gradient = run(params, *case.inputs)
-    norm = float(jnp.sqrt(sum(jnp.square(leaf).sum() for leaf in jax.tree.leaves(gradient))))
+    _, gradient = result(case)
+    length = np.sqrt(sum(np.square(leaf).sum() for leaf in jax.tree.leaves(gradient)))
     step = 1e-3
 
     def energy(sign):
-        moved = jax.tree.map(lambda p, g: p + sign * step * g / norm, params, gradient)
-        return float(run(moved, *case.inputs)[0][0])
+        moved = jax.tree.map(lambda p, g: np.asarray(p) + np.float32(sign * step / length) * g, case.params, gradient)
+        (value, _), _ = compiled(case)(moved, *case.inputs)
+        return float(value)
 
-    assert (energy(1) - energy(-1)) / (2 * step) == pytest.approx(norm, rel=5e-3)
+    assert (energy(1) - energy(-1)) / (2 * step) == pytest.approx(length, rel=5e-3)
 
 
 def test_every_kernel_has_a_gradient(case):
-    _, gradient = case.result()
+    _, gradient = result(case)
     for path, leaf in flatten_dict(gradient).items():
-        assert jnp.abs(leaf).max() > 0 or path[-1] == "bias", path
+        assert np.abs(leaf).max() > 0 or path[-1] == "bias", path
 
 
 @pytest.mark.parametrize("scale", [0.0, 1e-6, 1e4])
 def test_gradient_is_finite_for_awkward_data(case, scale):
     data, extra = case.inputs
-    result = case.compiled()(case.random_params(), scale * data, extra)
-    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(result))
+    result = compiled(case)(case.params, scale * data, extra)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(on_host(result)))
 
 
 def test_elements_of_a_batch_do_not_see_each_other(case):
     data, extra = case.inputs
-    (_, output), _ = case.compiled()(case.random_params(), data.at[-1].set(7 - data[-1]), extra)
-    for changed, original in zip(jax.tree.leaves(output), jax.tree.leaves(case.result()[0]), strict=True):
+    (_, output), _ = compiled(case)(case.params, data.at[-1].set(7 - data[-1]), extra)
+    for changed, original in zip(jax.tree.leaves(on_host(output)), jax.tree.leaves(result(case)[0]), strict=True):
         np.testing.assert_array_equal(changed[:-1], original[:-1])
         assert (changed[-1] != original[-1]).all()
 
 
 def test_as_an_nnx_module(case):
     """Wrapped by Flax's bridge it takes our parameters by name and gives the same output."""
-    model, params = case.build(), case.random_params()
+    model, params = case.build(), case.params
     wrapped = nnx.eval_shape(lambda: nnx.bridge.ToNNX(model, rngs=nnx.Rngs(0)).lazy_init(*case.inputs))
     assert jax.tree.structure(nnx.to_pure_dict(nnx.state(wrapped, nnx.Param))) == jax.tree.structure(params)
     nnx.update(wrapped, params)
-    assert_close(wrapped(*case.inputs, rngs=jax.random.key(0)), case.result()[0], 1e-5)
-
-
-@pytest.mark.parametrize("chunk", [2, 8])
-def test_brain_vae_attends_in_chunks_without_changing_anything(chunk):
-    assert_close(CASES[0].result(attention_chunk=chunk), CASES[0].result(), 1e-5)
+    assert_same_output(wrapped(*case.inputs, rngs=jax.random.key(0)), result(case)[0])

@@ -1,6 +1,7 @@
 """Blocks of models/layers.py against their textbook forms, brute force and the released system's arrays."""
 
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ from scipy.special import erf
 from synbrain_jax.models import layers
 
 OPS, SMALL = load("ops.npz"), load("eps_sensitive.npz")
-few_examples = settings(max_examples=6, deadline=None, derandomize=True, database=None)
+few_examples = settings(max_examples=5, deadline=None, derandomize=True, database=None)
 
 
 def normal(*shape, seed=0):
@@ -26,6 +27,7 @@ def channels_last(array):
     return jnp.asarray(array).swapaxes(1, 2)
 
 
+@partial(jax.jit, static_argnums=0)
 def value_and_gradients(f, cotangent, *args):
     value, pull_back = jax.vjp(f, *args)
     return value, pull_back(cotangent)
@@ -34,7 +36,7 @@ def value_and_gradients(f, cotangent, *args):
 def assert_same_function(ours, textbook, *args, tolerance=2e-6):
     """Equal values, and equal gradients of every argument for a random cotangent."""
     cotangent = normal(*jax.eval_shape(textbook, *args).shape, seed=99)
-    actual, expected = jax.jit(lambda *a: [value_and_gradients(f, *a) for f in (ours, textbook)])(cotangent, *args)
+    actual, expected = (value_and_gradients(f, cotangent, *args) for f in (ours, textbook))
     for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
         assert a.shape == e.shape
         assert relative_error(a, e) <= tolerance
@@ -154,9 +156,7 @@ def brute_force_pool(x, bins, cotangent):
 
 
 def pool_and_gradient(x, bins, cotangent):
-    y, (gradient,) = jax.jit(lambda c, x: value_and_gradients(lambda x: layers.adaptive_max_pool(x, bins), c, x))(
-        cotangent, x
-    )
+    y, (gradient,) = value_and_gradients(lambda x: layers.adaptive_max_pool(x, bins), cotangent, x)
     return y, gradient
 
 
@@ -310,7 +310,7 @@ def test_group_norm_refuses_channels_that_do_not_divide():
 
 
 def test_norm_mlp_normalises_with_epsilon_1e_5_then_applies_exact_gelu():
-    """Input of scale 1e-3, where another epsilon or the order (Linear first) shows; the linear layer is the identity."""
+    """Input of scale 1e-3, where another epsilon shows; the linear layer is the identity."""
     x, normed = jnp.asarray(SMALL["layernorm_small_x"]), SMALL["layernorm_small_y_eps1e-5"].astype(np.float64)
     params = {
         "norm_0": {"scale": jnp.ones(24), "bias": jnp.zeros(24)},

@@ -1,0 +1,208 @@
+"""`synbrain` and the options of `train.py`: what they do, and the one clear error that wrong input gets."""
+
+import importlib.util
+import json
+import os
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from synbrain_jax import load_pretrained
+from synbrain_jax.checkpoint import Bundle, abstract_params, save_bundle
+from synbrain_jax.cli import exit_on_input_error, main
+from synbrain_jax.config import Config
+from synbrain_jax.data.voxels import Voxels
+from synbrain_jax.models.brain_vae import BrainVAEConfig
+from synbrain_jax.models.semantic_to_neural import MapperConfig
+
+ROOT = Path(__file__).parents[1]
+_spec = importlib.util.spec_from_file_location("train", ROOT / "train.py")
+train = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(train)
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory) -> Path:
+    """A bundle of the smallest models with random parameters, 30 voxels, tokens [4, 8]."""
+    brain_vae = BrainVAEConfig.small(
+        pool_length=16, channels=4, channel_mult=(1,), latent_tokens=4, latent_dim=8, projector_width=8
+    )
+    config = Config(name="tiny", brain_vae=brain_vae, mapper=MapperConfig.small(tokens=4, width=8, depth=1))
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda leaf: rng.normal(0, 0.2, leaf.shape).astype(np.float32), abstract_params(config))
+    voxels = Voxels("s", "none", np.stack([np.arange(30)] * 3, 1), None, None, None, np.arange(30)[::-1].copy())
+    path = tmp_path_factory.mktemp("model") / "bundle"
+    save_bundle(path, Bundle.uncorrected(config, params, voxels, "test/tiny", np.full((4, 8), 0.5, np.float32)))
+    return path
+
+
+@pytest.fixture
+def tokens() -> np.ndarray:
+    return np.random.default_rng(1).normal(size=(3, 4, 8)).astype(np.float32)
+
+
+def test_synthesize_writes_what_the_system_gives(bundle, tokens, tmp_path, capsys):
+    np.savez(tmp_path / "in.npz", tokens=tokens, stimulus_id=np.array(["a", "b", "c"]))
+    np.save(tmp_path / "in.npy", tokens)
+    options = ["--k", "2", "--variability", "posterior", "--seed", "7"]
+    for source, out in (("in.npz", "out.npz"), ("in.npy", "out.npy")):
+        files = ["--tokens", os.fspath(tmp_path / source), "--out", os.fspath(tmp_path / out)]
+        main(["synthesize", "--model", os.fspath(bundle), *files, *options])
+        assert "3 stimuli x 2 samples x 30 voxels" in capsys.readouterr().out
+    expected = load_pretrained(bundle).synthesize(tokens, jax.random.key(7), k=2, variability="posterior")
+    with np.load(tmp_path / "out.npz") as written:
+        np.testing.assert_array_equal(written["fmri"], expected)
+        assert list(written["stimulus_id"]) == ["a", "b", "c"]
+        np.testing.assert_array_equal(written["voxel_ijk"], np.stack([np.arange(30)] * 3, 1))
+    np.testing.assert_array_equal(np.load(tmp_path / "out.npy"), expected)
+    assert np.abs(expected[:, 0] - expected[:, 1]).max() > 1e-3
+
+
+def error_of(capsys, command, arguments: list[str]) -> str:
+    """The single line on stderr of a command that must end with exit code 2."""
+    with pytest.raises(SystemExit) as exit_, exit_on_input_error():
+        command(arguments)
+    assert exit_.value.code == 2
+    err = capsys.readouterr().err
+    assert "Traceback" not in err
+    return err
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda folder: folder / "absent.npy", "absent.npy"),
+        (lambda folder: _saved(folder / "wrong.npy", np.zeros((3, 4, 9), np.float32)), "[stimuli, 4, 8]"),
+        (lambda folder: _saved(folder / "nan.npy", np.full((3, 4, 8), np.nan, np.float32)), "96 values"),
+        (lambda folder: _saved(folder / "other.npz", np.zeros((3, 4, 8))), "no array 'tokens'; it holds arr_0"),
+        (lambda folder: _truncated(folder / "short.npy"), "short.npy"),
+    ],
+    ids=["missing", "shape", "nan", "name", "truncated"],
+)
+def test_bad_tokens_are_one_clear_error(make, message, bundle, tmp_path, capsys):
+    out = tmp_path / "results" / "out.npz"
+    arguments = [
+        "synthesize",
+        "--model",
+        os.fspath(bundle),
+        "--tokens",
+        os.fspath(make(tmp_path)),
+        "--out",
+        os.fspath(out),
+    ]
+    err = error_of(capsys, main, arguments)
+    assert err.startswith("error: ")
+    assert message in err
+    assert not out.parent.exists()
+
+
+def _saved(path: Path, array: np.ndarray) -> Path:
+    (np.savez if path.suffix == ".npz" else np.save)(path, array)
+    return path
+
+
+def _truncated(path: Path) -> Path:
+    np.save(path, np.zeros((3, 4, 8), np.float32))
+    path.write_bytes(path.read_bytes()[:-100])
+    return path
+
+
+def test_a_folder_that_is_no_bundle_is_named(tmp_path, tokens, capsys):
+    np.save(tmp_path / "in.npy", tokens)
+    files = ["--tokens", os.fspath(tmp_path / "in.npy"), "--out", os.fspath(tmp_path / "out.npz")]
+    err = error_of(capsys, main, ["synthesize", "--model", os.fspath(tmp_path), *files])
+    assert f"{tmp_path} is not a bundle" in err
+    assert "config.json" in err
+
+
+def experiment(**changes) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(0)
+    arrays = {
+        "fmri": rng.normal(size=(24, 10)).astype(np.float32),
+        "stimulus_id": np.repeat(np.arange(8), 3),
+        "tokens": np.repeat(rng.normal(size=(8, 4, 8)), 3, axis=0).astype(np.float32),
+        "run": np.tile(np.arange(3), 8),
+    }
+    arrays = {**arrays, **changes}
+    return {name: array for name, array in arrays.items() if array is not None}
+
+
+def with_nan() -> np.ndarray:
+    fmri = experiment()["fmri"].copy()
+    fmri[5, 2] = np.nan
+    return fmri
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"fmri": None}, ["fmri", "missing"]),
+        ({"fmri": np.zeros((24, 10, 2), np.float32)}, ["fmri", "(24, 10, 2)", "[n, v]"]),
+        ({"fmri": with_nan()}, ["fmri", "1"]),
+        ({"fmri": np.full((24, 10), np.inf, np.float32)}, ["fmri", "240"]),
+        ({"run": np.arange(20)}, ["run", "20", "24"]),
+        ({"stimulus_id": np.arange(23)}, ["stimulus_id", "23", "24"]),
+        ({"tokens": np.zeros((7, 4, 8), np.float32)}, ["tokens", "7"]),
+        ({"fmir": np.zeros(3)}, ["fmir", "fmri"]),
+    ],
+    ids=["missing", "shape", "nan", "infinite", "runs", "labels", "tokens", "misspelt"],
+)
+def test_arrays_that_cannot_be_trained_on_leave_nothing_behind(changes, words, tmp_path, capsys):
+    source = tmp_path / "mine.npz"
+    np.savez(source, **experiment(**changes))
+    workdir = tmp_path / "workdir"
+    err = error_of(capsys, train.main, ["arrays", "--data.source", os.fspath(source), "--workdir", os.fspath(workdir)])
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert os.fspath(source) in err
+    for word in words:
+        assert word in err
+    assert not workdir.exists()
+
+
+def test_a_truncated_file_is_named(tmp_path, capsys):
+    source = tmp_path / "mine.npz"
+    np.savez(source, **experiment())
+    source.write_bytes(source.read_bytes()[:-200])
+    arguments = ["arrays", "--data.source", os.fspath(source), "--workdir", os.fspath(tmp_path / "workdir")]
+    assert os.fspath(source) in error_of(capsys, train.main, arguments)
+    assert not (tmp_path / "workdir").exists()
+
+
+def test_an_unknown_experiment_or_option_gets_the_nearest(tmp_path, capsys):
+    assert "did you mean 'haxby'" in error_of(capsys, train.main, ["haxbi"])
+    workdir = ["--workdir", os.fspath(tmp_path / "w")]
+    assert "--stage1.batch-size" in error_of(capsys, train.main, ["haxby", *workdir, "--stage1.bach-size", "3"])
+    assert "data.source" in error_of(capsys, train.main, ["arrays", *workdir])
+    assert "stage2.batch_size" in error_of(capsys, train.main, ["haxby", *workdir, "--stage2.batch-size", "9"])
+    assert not (tmp_path / "w").exists()
+
+
+def test_a_workdir_of_another_run_is_refused(tmp_path, capsys):
+    config = json.loads(Config(name="haxby").to_json())
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    err = error_of(capsys, train.main, ["haxby", "--workdir", os.fspath(tmp_path)])
+    assert "belongs to another run" in err
+    assert "stage1.steps: 1000 here, 400 there" in err
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
+def test_prepared_arrays_can_be_evaluated(tmp_path, bundle, capsys):
+    source = tmp_path / "mine.npz"
+    rng = np.random.default_rng(0)
+    np.savez(source, **experiment(fmri=rng.normal(size=(24, 30)).astype(np.float32)))
+    main(["prepare", "arrays", "--source", os.fspath(source), "--data-dir", os.fspath(tmp_path / "data"), "--name", "x",
+          "--validation-runs", "1", "--test-runs", "2"])  # fmt: skip
+    prepared = capsys.readouterr().out.strip()
+    out = tmp_path / "scores"
+    main(["evaluate", "--model", os.fspath(bundle), "--data", prepared, "--out", os.fspath(out)])
+    assert "stimulus_mean" in capsys.readouterr().out
+    report = json.loads((out / "report.json").read_text())
+    assert report["n_stimuli"] == 8
+    assert report["scores"]["mean_pattern"]["pattern_r_centred"] == 0
+    main(["evaluate", "--model", os.fspath(bundle), "--data", prepared, "--out", os.fspath(out), "--shift-tokens", "1"])
+    shifted = json.loads((out / "report.json").read_text())
+    assert shifted["scores"]["model"] != report["scores"]["model"]
+    assert shifted["scores"]["ridge"] == report["scores"]["ridge"]
