@@ -28,4 +28,5 @@ config = Config(
         optimizer=OptimizerConfig(learning_rate=1e-3, schedule="cosine", clip_norm=1.0, ema_decay=0.99),
         eval_every=250,
     ),
+    log_every=50,
 )

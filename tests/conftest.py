@@ -18,6 +18,36 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 install_import_hook("synbrain_jax", "beartype.beartype")
 
 ROOT = Path(__file__).parents[1]
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def pytest_addoption(parser):
+    parser.addoption("--update-golden", action="store_true", help="write the texts in tests/golden anew")
+
+
+@pytest.fixture
+def golden_text(request) -> Callable[[str, str], None]:
+    """Compares a text with the one in tests/golden; with --update-golden, writes it there first."""
+
+    def check(name: str, text: str) -> None:
+        if request.config.getoption("--update-golden"):
+            (GOLDEN / name).write_text(text)
+        assert text == (GOLDEN / name).read_text(), f"{name} differs; if it should: python -m pytest --update-golden"
+
+    return check
+
+
+@pytest.fixture(scope="session")
+def tiny_dataset(tmp_path_factory):
+    """`tiny.write_experiment`, prepared."""
+    from tiny import write_experiment
+
+    from synbrain_jax.data.arrays import prepare_arrays
+    from synbrain_jax.data.pairs import open_dataset
+
+    folder = tmp_path_factory.mktemp("tiny")
+    write_experiment(folder / "tiny.npz")
+    return open_dataset(prepare_arrays(folder / "tiny.npz", folder / "data", name="tiny"))
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,8 @@
 """Data sets in one example format: TFDS builders that write it, and the grain pipeline that reads it."""
 
 import os
+import re
+from pathlib import Path
 
 from synbrain_jax.config import DataConfig
 from synbrain_jax.errors import InputError
@@ -26,7 +28,7 @@ def prepare_data(config: DataConfig, folder: str | os.PathLike) -> str | os.Path
     return prepare_arrays(
         config.source,
         folder,
-        name="run",
+        name=re.sub(r"[^\w.-]", "_", Path(config.source).stem, flags=re.ASCII),
         normalisation=config.normalisation,
         test_runs=config.test_runs,
         validation_runs=config.validation_runs,

@@ -17,7 +17,6 @@ from flax.traverse_util import flatten_dict, path_aware_map
 from synbrain_jax.models.brain_vae import BrainVAE, BrainVAEConfig
 from synbrain_jax.models.semantic_to_neural import MapperConfig, SemanticToNeural
 
-
 # Most of the time of these tests is compilation; the machine code need not be fast.
 quick_jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 

@@ -1,0 +1,142 @@
+"""Which room may import which, and what a bare `import synbrain_jax` must not bring along."""
+
+import ast
+import json
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "synbrain_jax"
+
+# Rooms from the ground up: a module imports only modules of lower floors, and on one floor nobody imports a neighbour.
+FLOORS = [
+    ["errors"],
+    ["files", "sharding", "losses", "metrics", "models.layers"],
+    ["models.brain_vae", "models.semantic_to_neural", "data.voxels"],
+    ["config"],
+    ["data.array_files", "data.pairs", "checkpoint", "figures", "progress"],
+    ["data.builder", "synthesis", "training", "report", "baselines"],
+    ["data.arrays", "data.haxby", "stages", "evaluation"],
+    ["data"],
+    ["cli"],
+]
+NO_ROOM = {"__init__", "models"}  # they only name what is inside
+
+
+def modules() -> dict[str, Path]:
+    """Name within the package -> file; a folder goes by its own name."""
+    found = {}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        parts = path.relative_to(PACKAGE).with_suffix("").parts
+        found[".".join(parts[:-1] if parts[-1] == "__init__" and parts[:-1] else parts)] = path
+    return found
+
+
+@cache
+def imported(name: str) -> frozenset[str]:
+    """What a module imports anywhere in its file, as full names; for `from x import y` also x.y."""
+    names = set()
+    for node in ast.walk(ast.parse(modules()[name].read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{name}: relative import"
+            assert all(alias.name != "*" for alias in node.names), f"{name}: import *"
+            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return frozenset(names)
+
+
+def rooms(name: str) -> set[str]:
+    """The rooms of the package that a module imports."""
+    known = modules().keys() - NO_ROOM
+    return {full.removeprefix("synbrain_jax.") for full in imported(name)} & known
+
+
+def everything_below(name: str) -> set[str]:
+    return rooms(name).union(*(everything_below(room) for room in rooms(name)))
+
+
+def test_every_room_has_a_floor():
+    assert sorted(room for floor in FLOORS for room in floor) == sorted(modules().keys() - NO_ROOM)
+
+
+def test_imports_go_down_only():
+    floor_of = {room: number for number, floor in enumerate(FLOORS) for room in floor}
+    upwards = [(name, room) for name in floor_of for room in rooms(name) if floor_of[room] >= floor_of[name]]
+    assert upwards == []
+
+
+def test_leaves_and_models_know_nothing_of_the_rest():
+    for leaf in ("errors", "files", "sharding", "losses", "metrics"):
+        assert rooms(leaf) <= {"errors"}, leaf
+    for name in modules():
+        if name.startswith("models"):
+            assert all(room.startswith("models.") for room in rooms(name)), name
+
+
+@pytest.mark.parametrize(
+    ("room", "stranger"),
+    [
+        ("data.pairs", "training"),
+        ("data", "training"),
+        ("data", "synthesis"),
+        ("training", "models.brain_vae"),
+        ("training", "data.pairs"),
+        ("evaluation", "training"),
+        ("evaluation", "stages"),
+        ("synthesis", "training"),
+        ("synthesis", "data.pairs"),
+        ("report", "evaluation"),
+        ("report", "training"),
+        ("metrics", "losses"),
+    ],
+)
+def test_neighbours_do_not_know_each_other(room, stranger):
+    assert {room, stranger} <= modules().keys()
+    if (room, stranger) == ("training", "models.brain_vae"):  # sizes and shapes reach it through its configuration
+        assert stranger not in rooms(room)
+    else:
+        assert stranger not in everything_below(room)
+
+
+def test_nothing_but_the_program_imports_the_command_line():
+    assert [name for name in modules() if "synbrain_jax.cli" in imported(name)] == []
+
+
+def test_no_room_imports_torch_or_tensorflow():
+    for name in modules():
+        tops = {full.partition(".")[0] for full in imported(name)}
+        assert not tops & {"torch", "tensorflow", "pickle"}, name
+
+
+IMPORT_AND_REPORT = """
+import json, socket, sys
+
+def refuse(*args, **kwargs):
+    raise AssertionError("network")
+
+for name in ("connect", "connect_ex", "sendto"):
+    setattr(socket.socket, name, refuse) if False else None
+class NoSocket(socket.socket):
+    connect = connect_ex = sendto = refuse
+socket.socket = NoSocket
+socket.getaddrinfo = socket.create_connection = refuse
+before = set(sys.modules)
+import synbrain_jax
+public = {name: type(getattr(synbrain_jax, name)).__name__ for name in synbrain_jax.__all__}
+print(json.dumps({"modules": sorted({m.partition(".")[0] for m in set(sys.modules) - before}), "public": public}))
+"""
+
+
+def test_the_package_alone_needs_no_data_library_no_plots_and_no_network():
+    done = subprocess.run([sys.executable, "-c", IMPORT_AND_REPORT], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    heavy = {"tensorflow_datasets", "grain", "transformers", "sklearn", "matplotlib", "torch", "tensorflow"}
+    assert not heavy & set(result["modules"])
+    assert {"synbrain_jax", "jax", "flax"} <= set(result["modules"])
+    assert 10 <= len(result["public"]) <= 30

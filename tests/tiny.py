@@ -1,0 +1,65 @@
+"""The smallest models, configuration and data set that still have every part."""
+
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from synbrain_jax.checkpoint import abstract_params
+from synbrain_jax.config import Config, OptimizerConfig, Stage1Config, Stage2Config
+from synbrain_jax.models.brain_vae import BrainVAEConfig
+from synbrain_jax.models.semantic_to_neural import MapperConfig
+
+TOKENS, WIDTH, VOXELS = 4, 8, 40
+TRAIN_TRIALS = (3, 4, 5, 3, 4, 5, 2, 6, 4)  # of each stimulus
+
+
+def config(**changes) -> Config:
+    settings = dict(
+        name="tiny",
+        brain_vae=BrainVAEConfig.small(
+            pool_length=32,
+            channels=4,
+            channel_mult=(2,),
+            latent_tokens=TOKENS,
+            latent_dim=WIDTH,
+            projector_width=16,
+        ),
+        mapper=MapperConfig.small(tokens=TOKENS, width=WIDTH, depth=1),
+        stage1=Stage1Config(steps=4, batch_size=8, eval_every=2, optimizer=OptimizerConfig(learning_rate=2e-3)),
+        stage2=Stage2Config(steps=4, batch_size=8, eval_every=2, optimizer=OptimizerConfig(learning_rate=2e-3)),
+        log_every=1,
+    )
+    return Config(**{**settings, **changes})
+
+
+def random_params(config: Config, seed: int = 0) -> dict:
+    """Parameters of both models in which nothing is at its initial zero."""
+    rng = np.random.default_rng(seed)
+
+    def draw(path, leaf):
+        kind = path[-1].key
+        spread = np.prod(leaf.shape[:-1]) ** -0.5 if kind == "kernel" else 0.2
+        return ((kind == "scale") + spread * rng.normal(size=leaf.shape)).astype(np.float32)
+
+    return jax.tree.map_with_path(draw, abstract_params(config))
+
+
+def write_experiment(file: Path) -> None:
+    """An .npz for `prepare_arrays`: 9 stimuli, noisy linear responses of 5 x 8 voxels, unequal numbers of trials."""
+    rng = np.random.default_rng(0)
+    stimuli = len(TRAIN_TRIALS)
+    tokens = rng.normal(size=(stimuli, TOKENS, WIDTH)).astype(np.float32)
+    weights = rng.normal(size=(TOKENS * WIDTH, VOXELS)) / np.sqrt(TOKENS * WIDTH)
+    stimulus = np.concatenate([np.repeat(np.arange(stimuli), n) for n in (TRAIN_TRIALS, 2, 1)])
+    split = np.repeat(["train", "validation", "test"], [sum(TRAIN_TRIALS), 2 * stimuli, stimuli])
+    noise = rng.normal(size=(len(stimulus), VOXELS))
+    np.savez(
+        file,
+        fmri=((tokens.reshape(stimuli, -1) @ weights)[stimulus] + 0.5 * noise).astype(np.float32),
+        tokens=tokens[stimulus],
+        stimulus_id=stimulus,
+        run=np.arange(len(stimulus)) % 4,
+        split=split,
+        voxel_ijk=np.stack(np.unravel_index(rng.permutation(VOXELS), (5, 8)), 1),
+    )
