@@ -152,7 +152,7 @@ def evaluate(model: Path, data: Path, out: Path, split: str = "test", shift_toke
     print(format_table(write_evaluation(load_pretrained(model), open_dataset(data), out, split, shift_tokens)))
 
 
-def report(workdir: Path) -> None:
+def report(workdir: tyro.conf.Positional[Path]) -> None:
     """Draw the figures and tables of a finished run again.
 
     Args:

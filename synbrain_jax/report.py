@@ -232,9 +232,9 @@ def write_figures(workdir: str | os.PathLike) -> list[epath.Path]:
 
 
 def write_report(workdir: str | os.PathLike) -> str:
-    """Writes report.txt, report.md and the figures into `workdir`; returns the text table.
+    """Writes report.txt, report.md and the figures into `workdir`, and the scores and a model card into its bundle.
 
-    Raises InputError where an input is missing or incomplete; nothing is written then.
+    Returns the text table. Raises InputError where an input is missing or incomplete; nothing is written then.
     """
     workdir = epath.Path(workdir)
     run = _read_run(workdir)
@@ -243,7 +243,27 @@ def write_report(workdir: str | os.PathLike) -> str:
     links = "".join(f"\n![{path.stem.replace('_', ' ')}](figures/{path.name})\n" for path in paths)
     files.write_text(workdir / "report.txt", text)
     files.write_text(workdir / "report.md", markdown + links)
+    files.write_text(workdir / "bundle" / "report.json", json.dumps(run.report, indent=2) + "\n")
+    files.write_text(workdir / "bundle" / "README.md", model_card(run.report, run.voxels))
     return text
+
+
+def model_card(report: dict[str, Any], voxels: Voxels) -> str:
+    """What a bundle is, in Markdown: whose brain, in which units, how to use it, and its scores beside baselines."""
+    return f"""# Synthetic fMRI of {voxels.subject}
+
+A BrainVAE and a semantic-to-neural mapper, trained with synbrain_jax on {report["dataset"]}. They give the responses of
+{report["n_voxels"]:,} voxels of this one person to a stimulus, from its tokens; units and voxel order are those of that
+data set (normalisation: {voxels.normalisation}). For another person they say nothing without adaptation.
+
+```python
+from synbrain_jax import load_pretrained
+
+model = load_pretrained("this folder")
+fmri = model.predict(tokens)  # [stimuli, voxels]
+```
+
+{markdown_table(report)}"""
 
 
 def _draw(run: _Run, folder: epath.Path) -> list[epath.Path]:

@@ -1,0 +1,344 @@
+"""Checkpoints and bundles: every bit comes back, the right ones are kept, and what is broken is named."""
+
+import dataclasses
+import shutil
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+import tiny
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from synbrain_jax.checkpoint import (
+    Bundle,
+    Checkpoints,
+    check_workdir,
+    claim_workdir,
+    load_bundle,
+    save_bundle,
+)
+from synbrain_jax.config import Config, DataConfig, OptimizerConfig
+from synbrain_jax.data.voxels import Voxels
+from synbrain_jax.errors import InputError
+from synbrain_jax.sharding import make_mesh
+from synbrain_jax.training import init_state, make_optimizer
+
+CONFIG = Config(name="x")
+
+
+def assert_same_bits(actual, expected):
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    for one, other in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        one, other = np.asarray(one), np.asarray(other)
+        assert (one.dtype, one.shape) == (other.dtype, other.shape)
+        assert one.tobytes() == other.tobytes()
+
+
+def as_target(tree):
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), tree)
+
+
+def training_state(seed=0):
+    """A state as `fit` has it, with optimizer state and average, and one bfloat16 parameter."""
+    rng = np.random.default_rng(seed)
+
+    def init(_):
+        kernel = jnp.asarray(rng.normal(size=(8, 4)), jnp.float32)
+        return {"final": {"kernel": kernel, "bias": jnp.asarray(rng.normal(size=4), jnp.bfloat16)}}
+
+    optimizer = make_optimizer(OptimizerConfig(clip_norm=1.0, schedule="cosine", weight_decay=0.1), 10)
+    state = init_state(init, optimizer, True, jax.random.key(0))
+    updates, opt_state = optimizer.update(jax.tree.map(jnp.cos, state.params), state.opt_state, state.params)
+    params = jax.tree.map(jnp.add, state.params, updates)
+    return state.replace(params=params, opt_state=opt_state, step=state.step + 7)
+
+
+def save_values(folder, mode, values, leave_out=()):
+    """Checkpoints of steps 1, 2, ... with these validation values; the state is the step's number."""
+    with Checkpoints(folder, CONFIG, mode) as checkpoints:
+        for step, value in enumerate(values, start=1):
+            if step not in leave_out:
+                checkpoints.save(step, {"n": jnp.full((3,), step)}, {"place": step}, value)
+
+
+def kept(folder) -> list[int]:
+    return sorted(int(path.name) for path in Path(folder).iterdir() if path.name.isdigit())
+
+
+def test_a_state_and_the_position_in_the_data_come_back_bit_by_bit(tmp_path):
+    state = training_state()
+    position = {"next_index": 40, "ünïcode": [1, {"a": None}]}
+    with Checkpoints(tmp_path, CONFIG, "min") as checkpoints:
+        assert checkpoints.latest is None
+        checkpoints.save(7, state, position, 0.5)
+    with Checkpoints(tmp_path, CONFIG, "min") as checkpoints:
+        assert checkpoints.latest == 7
+        restored, where = checkpoints.restore(7, as_target(state))
+        assert checkpoints.selected() == (7, 0.5)
+    assert_same_bits(restored, state)
+    assert where == position
+
+
+def test_a_checkpoint_holds_the_state_of_its_step_though_the_next_steps_overwrite_it(tmp_path):
+    """The write is asynchronous and the step donates its state."""
+    advance = jax.jit(lambda tree: jax.tree.map(lambda leaf: leaf + 1, tree), donate_argnums=0)
+    state = {"kernel": jnp.zeros((1024, 1024)), "bias": jnp.zeros(5)}
+    with Checkpoints(tmp_path, CONFIG, "min") as checkpoints:
+        for step in (1, 2):
+            state = advance(state)
+            checkpoints.save(step, state, {}, 1.0)
+            for _ in range(3):
+                state = advance(state)
+        for step, expected in ((1, 1.0), (2, 5.0)):
+            restored, _ = checkpoints.restore(step, as_target(state))
+            for leaf in jax.tree.leaves(restored):
+                np.testing.assert_array_equal(leaf, expected)
+
+
+def test_a_state_goes_onto_another_mesh(tmp_path):
+    devices = jax.devices()
+    small, large = make_mesh(1, 2, 1, devices=devices[:2]), make_mesh(2, 2, 2)
+    state = jax.device_put(
+        {"kernel": np.arange(32.0, dtype=np.float32).reshape(8, 4), "bias": np.arange(4)},
+        {"kernel": NamedSharding(large, P("fsdp", "tensor")), "bias": NamedSharding(large, P())},
+    )
+    with Checkpoints(tmp_path, CONFIG, "min") as checkpoints:
+        checkpoints.save(1, state, {}, 0.0)
+        for mesh in (small, make_mesh(devices=devices[5:6])):
+            places = {"kernel": NamedSharding(mesh, P(None, "fsdp")), "bias": NamedSharding(mesh, P())}
+            target = jax.tree.map(
+                lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), state, places
+            )
+            restored, _ = checkpoints.restore(1, target)
+            assert_same_bits(restored, state)
+            assert jax.tree.map(lambda leaf: leaf.sharding, restored) == places
+
+
+@pytest.mark.parametrize("mode", ["min", "max"])
+def test_the_two_latest_and_the_best_are_kept(tmp_path, mode):
+    values = np.array([3.0, 1.0, 2.0, 5.0, 4.0, 4.5])
+    save_values(tmp_path, mode, values if mode == "min" else -values)
+    assert kept(tmp_path) == [2, 5, 6]
+    with Checkpoints(tmp_path, CONFIG, mode) as checkpoints:
+        assert checkpoints.selected() == (2, 1.0 if mode == "min" else -1.0)
+        assert checkpoints.latest == 6
+        restored, where = checkpoints.restore(2, {"n": jax.ShapeDtypeStruct((3,), jnp.int32)})
+        np.testing.assert_array_equal(restored["n"], 2)
+        assert where == {"place": 2}
+
+
+@pytest.mark.parametrize("mode", ["min", "max"])
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_a_value_that_is_not_finite_is_never_selected(tmp_path, mode, bad):
+    save_values(tmp_path, mode, [bad, 7.0, bad, bad, bad])
+    assert kept(tmp_path) == [2, 4, 5]
+    with Checkpoints(tmp_path, CONFIG, mode) as checkpoints:
+        assert checkpoints.selected() == (2, 7.0)
+
+
+@pytest.mark.parametrize("mode", ["min", "max"])
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [([1.0, 1.0], 2), ([1.0, 1.0, 0.0, 0.0, 0.0], 2), ([1.0, 0.0, 1.0, 0.0, 0.0, 0.0], 3), ([np.nan] * 4, 4)],
+    ids=["both latest", "both old", "apart", "none finite"],
+)
+def test_of_equal_values_the_later_is_selected(tmp_path, mode, values, expected):
+    sign = 1 if mode == "max" else -1
+    save_values(tmp_path, mode, [sign * value for value in values])
+    with Checkpoints(tmp_path, CONFIG, mode) as checkpoints:
+        assert checkpoints.selected()[0] == expected
+
+
+def test_the_best_survives_a_restart(tmp_path):
+    save_values(tmp_path, "min", [1.0, 2.0, 3.0])
+    with Checkpoints(tmp_path, CONFIG, "min") as checkpoints:
+        for step in (4, 5):
+            checkpoints.save(step, {"n": jnp.full((3,), step)}, {}, 2.0)
+        assert checkpoints.selected() == (1, 1.0)
+    assert kept(tmp_path) == [1, 4, 5]
+
+
+def test_a_checkpoint_that_was_cut_short_does_not_count(tmp_path):
+    """What a kill leaves of a step is a folder under a temporary name, as Orbax writes it."""
+    save_values(tmp_path, "min", [1.0, 2.0])
+    shutil.copytree(tmp_path / "2", tmp_path / "3.orbax-checkpoint-tmp")
+    with Checkpoints(tmp_path, CONFIG, "min") as checkpoints:
+        assert checkpoints.latest == 2
+        checkpoints.save(3, {"n": jnp.full((3,), 3)}, {}, 0.5)
+        assert checkpoints.selected() == (3, 0.5)
+
+
+# ---- bundles -------------------------------------------------------------------------------------
+
+
+def make_bundle(seed: int) -> Bundle:
+    config = tiny.config(seed=seed)
+    rng = np.random.default_rng(seed)
+    grid = np.stack(np.unravel_index(np.arange(tiny.VOXELS), (2, 4, 5)), 1).astype(np.int32)
+    voxels = Voxels(
+        subject="s",
+        normalisation="none",
+        ijk=grid,
+        volume_shape=(2, 4, 5),
+        affine=rng.normal(size=(4, 4)),
+        ncsnr=rng.random(tiny.VOXELS, np.float32),
+        order=rng.permutation(tiny.VOXELS).astype(np.int32),
+    )
+    return Bundle(
+        config=config,
+        params=tiny.random_params(config, seed),
+        voxels=voxels,
+        dataset="arrays/tïny",
+        latent_std=rng.random((tiny.TOKENS, tiny.WIDTH), np.float32),
+        offset=rng.random(tiny.VOXELS, np.float32),
+        gain=1 / 3,
+    )
+
+
+def assert_same_bundle(actual: Bundle, expected: Bundle):
+    assert_same_bits(actual.params, expected.params)
+    assert (actual.config, actual.dataset, actual.gain) == (expected.config, expected.dataset, expected.gain)
+    for name in ("latent_std", "offset"):
+        assert_same_bits(getattr(actual, name), getattr(expected, name))
+    for field in dataclasses.fields(Voxels):
+        one, other = getattr(actual.voxels, field.name), getattr(expected.voxels, field.name)
+        assert_same_bits(one, other) if isinstance(other, np.ndarray) else (one == other) is True
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    path = tmp_path_factory.mktemp("bundle") / "bundle"
+    save_bundle(path, make_bundle(0))
+    return path
+
+
+def test_a_bundle_comes_back_bit_by_bit(saved):
+    assert_same_bundle(load_bundle(saved), make_bundle(0))
+
+
+def test_a_bundle_of_sharded_parameters_comes_back_on_one_device(tmp_path):
+    bundle = make_bundle(1)
+    spread = jax.device_put(bundle.params, NamedSharding(make_mesh(devices=jax.devices()[2:4]), P()))
+    save_bundle(tmp_path / "bundle", dataclasses.replace(bundle, params=spread))
+    loaded = load_bundle(tmp_path / "bundle")
+    assert_same_bundle(loaded, bundle)
+    assert {leaf.sharding.device_set.pop() for leaf in jax.tree.leaves(loaded.params)} == {jax.devices()[0]}
+
+
+def test_a_bundle_replaces_the_one_that_is_there_and_leaves_nothing_else(tmp_path):
+    save_bundle(tmp_path / "bundle", make_bundle(0))
+    (tmp_path / "bundle.unfinished").mkdir()
+    (tmp_path / "bundle.unfinished" / "of a killed run").touch()
+    save_bundle(tmp_path / "bundle", make_bundle(1))
+    assert_same_bundle(load_bundle(tmp_path / "bundle"), make_bundle(1))
+    assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
+    assert not (tmp_path / "bundle" / "of a killed run").exists()
+
+
+def test_a_bundle_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch):
+    def fail(*args, **kwargs):
+        raise OSError("no space left")
+
+    save_bundle(tmp_path / "bundle", make_bundle(0))
+    monkeypatch.setattr(ocp.StandardCheckpointer, "save", fail)
+    with pytest.raises(OSError, match="no space left"):
+        save_bundle(tmp_path / "bundle", make_bundle(1))
+    monkeypatch.undo()
+    assert_same_bundle(load_bundle(tmp_path / "bundle"), make_bundle(0))
+    with pytest.raises(OSError, match="no space left"), monkeypatch.context() as patch:
+        patch.setattr(ocp.StandardCheckpointer, "save", fail)
+        save_bundle(tmp_path / "first", make_bundle(1))
+    assert not (tmp_path / "first").exists()
+
+
+@pytest.mark.parametrize("part", ["config.json", "voxels.npz", "synthesis.npz", "params"])
+def test_a_missing_part_is_named(saved, tmp_path, part):
+    shutil.copytree(saved, tmp_path / "b")
+    missing = tmp_path / "b" / part
+    shutil.rmtree(missing) if missing.is_dir() else missing.unlink()
+    with pytest.raises(InputError, match=rf"b is not a bundle: {part} missing\. Give the `bundle` folder"):
+        load_bundle(tmp_path / "b")
+
+
+def test_a_folder_that_is_no_bundle_is_named(tmp_path):
+    with pytest.raises(InputError, match=r"config\.json, voxels\.npz, synthesis\.npz, params missing"):
+        load_bundle(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("part", ["config.json", "voxels.npz", "synthesis.npz"])
+def test_a_truncated_part_is_named(saved, tmp_path, part):
+    shutil.copytree(saved, tmp_path / "b")
+    file = tmp_path / "b" / part
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    with pytest.raises(InputError) as error:
+        load_bundle(tmp_path / "b")
+    assert part in str(error.value)
+
+
+def test_an_array_missing_from_a_part_is_named(saved, tmp_path):
+    shutil.copytree(saved, tmp_path / "b")
+    file = tmp_path / "b" / "synthesis.npz"
+    with np.load(file) as arrays:
+        rest = {name: arrays[name] for name in arrays.files if name != "latent_std"}
+    np.savez(file, **rest)
+    with pytest.raises(InputError, match="latent_std"):
+        load_bundle(tmp_path / "b")
+
+
+def damage_a_file(params: Path):
+    largest = max((path for path in params.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    content = largest.read_bytes()
+    largest.write_bytes(content[: len(content) // 2])
+
+
+def remove_a_file(params: Path):
+    max((path for path in params.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size).unlink()
+
+
+def empty(params: Path):
+    shutil.rmtree(params)
+    params.mkdir()
+
+
+@pytest.mark.parametrize("damage", [damage_a_file, remove_a_file, empty])
+def test_damaged_parameters_are_one_clear_error(saved, tmp_path, damage):
+    shutil.copytree(saved, tmp_path / "b")
+    damage(tmp_path / "b" / "params")
+    with pytest.raises(InputError, match="params"):
+        load_bundle(tmp_path / "b")
+
+
+def test_parameters_of_another_architecture_are_one_clear_error(saved, tmp_path):
+    shutil.copytree(saved, tmp_path / "b")
+    config = tiny.config()
+    wider = dataclasses.replace(config, brain_vae=dataclasses.replace(config.brain_vae, projector_width=24))
+    (tmp_path / "b" / "config.json").write_text(wider.to_json())
+    with pytest.raises(InputError, match="params"):
+        load_bundle(tmp_path / "b")
+
+
+# ---- workdirs ------------------------------------------------------------------------------------
+
+
+def test_a_workdir_belongs_to_one_configuration(tmp_path):
+    config = tiny.config()
+    check_workdir(tmp_path / "new", config)
+    assert not (tmp_path / "new").exists()
+    claim_workdir(tmp_path / "new", config)
+    check_workdir(tmp_path / "new", config)
+    other = dataclasses.replace(config, seed=3, data=DataConfig(shift_test_tokens=1))
+    with pytest.raises(InputError) as error:
+        check_workdir(tmp_path / "new", other)
+    assert f"{tmp_path / 'new'} belongs to another run (seed: 0 here, 3 there; data.shift_test_tokens" in str(
+        error.value
+    )
+
+
+def test_a_workdir_whose_configuration_is_damaged_is_named(tmp_path):
+    (tmp_path / "config.json").write_text('{"name": "x"')
+    with pytest.raises(InputError, match=r"config\.json"):
+        check_workdir(tmp_path, CONFIG)
