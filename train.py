@@ -7,15 +7,13 @@ import sys
 import time
 from pathlib import Path
 
-import jax
-
 from synbrain_jax import stages
 from synbrain_jax.checkpoint import Bundle, check_workdir, claim_workdir, save_bundle
 from synbrain_jax.cli import exit_on_input_error, run_settings
 from synbrain_jax.data import prepare_data
 from synbrain_jax.data.pairs import load_trials, open_dataset
 from synbrain_jax.evaluation import write_evaluation
-from synbrain_jax.report import write_report
+from synbrain_jax.report import machine, write_report
 from synbrain_jax.sharding import make_mesh
 from synbrain_jax.synthesis import SynBrain, load_pretrained
 from synbrain_jax.training import check_batch_sizes, fit
@@ -56,7 +54,7 @@ def main(arguments: list[str]) -> None:
     model = load_pretrained(workdir / "bundle", mesh)
     write_evaluation(model, dataset, workdir, shift_tokens=config.data.shift_test_tokens)
     print(write_report(workdir))
-    print(f"{time.monotonic() - started:.0f} s on {jax.device_count()} x {jax.devices()[0].device_kind}; see {workdir}")
+    print(f"{time.monotonic() - started:.0f} s on {machine()}. Tables and figures: {workdir}/report.md")
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 from etils import epath
 
@@ -264,6 +265,12 @@ fmri = model.predict(tokens)  # [stimuli, voxels]
 ```
 
 {markdown_table(report)}"""
+
+
+def machine() -> str:
+    """What this program runs on, in words: "1 x cpu (2 cores), jax 0.10.2"."""
+    device = jax.devices()[0].device_kind
+    return f"{jax.device_count()} x {device} ({os.cpu_count()} cores), jax {jax.__version__}"
 
 
 def _draw(run: _Run, folder: epath.Path) -> list[epath.Path]:

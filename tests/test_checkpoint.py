@@ -206,7 +206,10 @@ def assert_same_bundle(actual: Bundle, expected: Bundle):
         assert_same_bits(getattr(actual, name), getattr(expected, name))
     for field in dataclasses.fields(Voxels):
         one, other = getattr(actual.voxels, field.name), getattr(expected.voxels, field.name)
-        assert_same_bits(one, other) if isinstance(other, np.ndarray) else (one == other) is True
+        if isinstance(other, np.ndarray):
+            assert_same_bits(one, other)
+        else:
+            assert one == other
 
 
 @pytest.fixture(scope="module")
@@ -245,13 +248,10 @@ def test_a_bundle_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatc
 
     save_bundle(tmp_path / "bundle", make_bundle(0))
     monkeypatch.setattr(ocp.StandardCheckpointer, "save", fail)
-    with pytest.raises(OSError, match="no space left"):
-        save_bundle(tmp_path / "bundle", make_bundle(1))
-    monkeypatch.undo()
+    for name in ("bundle", "first"):
+        with pytest.raises(OSError, match="no space left"):
+            save_bundle(tmp_path / name, make_bundle(1))
     assert_same_bundle(load_bundle(tmp_path / "bundle"), make_bundle(0))
-    with pytest.raises(OSError, match="no space left"), monkeypatch.context() as patch:
-        patch.setattr(ocp.StandardCheckpointer, "save", fail)
-        save_bundle(tmp_path / "first", make_bundle(1))
     assert not (tmp_path / "first").exists()
 
 
@@ -289,14 +289,18 @@ def test_an_array_missing_from_a_part_is_named(saved, tmp_path):
         load_bundle(tmp_path / "b")
 
 
-def damage_a_file(params: Path):
-    largest = max((path for path in params.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
-    content = largest.read_bytes()
-    largest.write_bytes(content[: len(content) // 2])
+def largest_array_file(params: Path) -> Path:
+    files = [path for path in params.rglob("*") if path.is_file() and path.parent.name == "d"]
+    return max(files, key=lambda path: path.stat().st_size)
 
 
-def remove_a_file(params: Path):
-    max((path for path in params.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size).unlink()
+def truncate(params: Path):
+    file = largest_array_file(params)
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def remove(params: Path):
+    largest_array_file(params).unlink()
 
 
 def empty(params: Path):
@@ -304,7 +308,8 @@ def empty(params: Path):
     params.mkdir()
 
 
-@pytest.mark.parametrize("damage", [damage_a_file, remove_a_file, empty])
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # other arrays fail unobserved
+@pytest.mark.parametrize("damage", [truncate, remove, empty])
 def test_damaged_parameters_are_one_clear_error(saved, tmp_path, damage):
     shutil.copytree(saved, tmp_path / "b")
     damage(tmp_path / "b" / "params")

@@ -206,3 +206,14 @@ def test_as_an_nnx_module(case):
     assert jax.tree.structure(nnx.to_pure_dict(nnx.state(wrapped, nnx.Param))) == jax.tree.structure(params)
     nnx.update(wrapped, params)
     assert_same_output(wrapped(*case.inputs, rngs=jax.random.key(0)), result(case)[0])
+
+
+def test_brain_vae_attends_to_as_many_queries_at_once_as_it_is_told():
+    case = CASES[0]
+
+    def program(chunk):
+        return str(jax.make_jaxpr(partial(case.energy, case.build(attention_chunk=chunk)))(case.params, *case.inputs))
+
+    scores_of_two_queries = "f32[3,2,8]"  # [b, chunk, positions]
+    assert scores_of_two_queries in program(2)
+    assert scores_of_two_queries not in program(None)

@@ -1,0 +1,362 @@
+"""The step and the loop: against AdamW in NumPy, over meshes, killed and resumed; the real stages across meshes."""
+
+import dataclasses
+import json
+from functools import cache
+
+import grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import tiny
+
+from synbrain_jax import stages, training
+from synbrain_jax.checkpoint import Checkpoints
+from synbrain_jax.config import Config, OptimizerConfig, Stage1Config, Stage2Config
+from synbrain_jax.data.pairs import load_trials
+from synbrain_jax.errors import InputError
+from synbrain_jax.models.brain_vae import BrainVAE
+from synbrain_jax.sharding import make_mesh
+from synbrain_jax.training import (
+    NonFiniteLoss,
+    Stage,
+    check_batch_sizes,
+    fit,
+    init_state,
+    learning_rate,
+    make_optimizer,
+    make_train_step,
+)
+
+# ---- learning rate, optimizer, average -----------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        (dict(), lambda i: 0.3),
+        (dict(schedule="cosine"), lambda i: 0.3 * 0.5 * (1 + np.cos(np.pi * i / 20))),
+        (dict(warmup_steps=5), lambda i: 0.3 * min(i / 5, 1)),
+        (
+            dict(warmup_steps=5, schedule="cosine"),
+            lambda i: 0.3 * i / 5 if i < 5 else 0.3 * 0.5 * (1 + np.cos(np.pi * (i - 5) / 15)),
+        ),
+        (dict(warmup_steps=40), lambda i: 0.3 * i / 40),
+        (dict(warmup_steps=40, schedule="cosine"), lambda i: 0.3 * i / 40),
+    ],
+    ids=["constant", "cosine", "warmup", "warmup and cosine", "long warmup", "long warmup and cosine"],
+)
+def test_learning_rate_in_closed_form(settings, expected):
+    rate = learning_rate(OptimizerConfig(learning_rate=0.3, **settings), steps=20)
+    found = [float(rate(i)) for i in range(21)]
+    np.testing.assert_allclose(found, [expected(i) for i in range(21)], rtol=1e-6, atol=1e-8)
+
+
+def adamw(params, gradient, settings, steps, total):
+    """Algorithm 2 of Loshchilov and Hutter (2019), in float64, on a flat vector; the gradient is clipped before."""
+    m, v, path = np.zeros_like(params), np.zeros_like(params), []
+    for i in range(steps):
+        g = gradient(params, i)
+        norm = np.sqrt(np.sum(g**2))
+        if settings.clip_norm is not None and norm > settings.clip_norm:
+            g = g * settings.clip_norm / norm
+        m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g**2
+        m_hat, v_hat = m / (1 - 0.9 ** (i + 1)), v / (1 - 0.999 ** (i + 1))
+        rate = settings.learning_rate * (0.5 * (1 + np.cos(np.pi * i / total)) if settings.schedule == "cosine" else 1)
+        params = params - rate * (m_hat / (np.sqrt(v_hat) + 1e-8) + settings.weight_decay * params)
+        path.append(params)
+    return np.array(path)
+
+
+CURVATURE = np.array([0.5, 1.0, 2.0, 4.0, 8.0, 16.0], np.float32)
+
+
+def toy_params(_=None):
+    kernel = jnp.array([[1.0, -2.0], [0.5, 3.0]])
+    return {"final": {"kernel": kernel, "bias": jnp.array([0.1, -0.4])}}
+
+
+def flat(params) -> np.ndarray:
+    return np.concatenate([np.ravel(params["final"][name]) for name in ("kernel", "bias")]).astype(np.float64)
+
+
+def quadratic(params, frozen, batch, key):
+    """0.5 sum curvature (p - target)^2: its gradient is known."""
+    p = jnp.concatenate([params["final"]["kernel"].ravel(), params["final"]["bias"]])
+    value = 0.5 * jnp.sum(CURVATURE * jnp.square(p - batch["target"]))
+    return value, {"loss": value, "draw": jax.random.uniform(key)}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        OptimizerConfig(learning_rate=0.1),
+        OptimizerConfig(learning_rate=0.1, weight_decay=0.3),
+        OptimizerConfig(learning_rate=0.1, weight_decay=0.3, clip_norm=4.0, schedule="cosine", ema_decay=0.8),
+    ],
+    ids=["plain", "decay", "everything"],
+)
+def test_steps_are_adamw_with_clipping_decay_and_average(settings):
+    steps, total, seed = 8, 12, 5
+    targets = np.random.default_rng(0).normal(size=(steps, 6)).astype(np.float32)
+    optimizer = make_optimizer(settings, total)
+    state = init_state(toy_params, optimizer, settings.ema_decay is not None, jax.random.key(0))
+    step = jax.jit(make_train_step(quadratic, optimizer, settings.ema_decay, seed))
+    found, draws, losses, norms = [], [], [], []
+    for i in range(steps):
+        state, terms = step(state, {}, {"target": targets[i]})
+        found.append(flat(state.params))
+        losses.append(terms["loss"])
+        draws.append(terms["draw"])
+        norms.append(terms["grad_norm"])
+    expected = adamw(flat(toy_params()), lambda p, i: CURVATURE * (p - targets[i]), settings, steps, total)
+    np.testing.assert_allclose(found, expected, rtol=2e-5, atol=2e-6)
+
+    before = np.concatenate([[flat(toy_params())], expected[:-1]])
+    gradients = CURVATURE * (before - targets)
+    np.testing.assert_allclose(norms, np.linalg.norm(gradients, axis=1), rtol=1e-4)  # before clipping
+    np.testing.assert_allclose(losses, (gradients**2 / CURVATURE).sum(1) / 2, rtol=1e-4)
+    keys = [jax.random.fold_in(jax.random.key(seed), i) for i in range(steps)]
+    np.testing.assert_array_equal(draws, [jax.random.uniform(key) for key in keys])
+    assert int(state.step) == steps
+
+    if settings.ema_decay is None:
+        assert state.ema is None
+        np.testing.assert_array_equal(flat(state.result), flat(state.params))
+    else:
+        d = settings.ema_decay
+        weights = (1 - d) * d ** np.arange(steps - 1, -1, -1)
+        average = d**steps * flat(toy_params()) + weights @ expected
+        np.testing.assert_allclose(flat(state.result), average, rtol=2e-5, atol=2e-6)
+
+
+def test_clipping_bites_in_the_test_above():
+    targets = np.random.default_rng(0).normal(size=(8, 6))
+    assert np.linalg.norm(CURVATURE * (flat(toy_params()) - targets[0])) > 2 * 4.0
+
+
+# ---- the loop, on a problem that compiles at once ------------------------------------------------
+
+
+def regression(params, frozen, batch, key):
+    """A noisy linear regression: the loss depends on batch, key and frozen parameters."""
+    kernel, bias = params["final"]["kernel"], params["final"]["bias"]
+    noise = jax.random.normal(key, batch["y"].shape)
+    error = batch["x"] @ kernel + bias[None] - batch["y"] + 0.1 * noise
+    loss = jnp.mean(jnp.square(error)) + frozen["shift"]
+    return loss, {"loss": loss, "draw": jax.random.uniform(key)}
+
+
+def toy_batches(bad_element=None):
+    rng = np.random.default_rng(3)
+    x = rng.normal(size=(400, 2)).astype(np.float32)
+    y = (x @ [[1.0, 2.0], [-1.0, 0.5]]).astype(np.float32)
+    if bad_element is not None:
+        x[bad_element] = np.nan
+    elements = grain.MapDataset.range(400).map(lambda i: {"x": x[i], "y": y[i]}).repeat()
+    return iter(elements.batch(8).to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)))
+
+
+class Validation:
+    """Gives the numbers of a script and remembers what it was shown."""
+
+    def __init__(self, values):
+        self.values, self.shown, self.live = iter(values), [], []
+
+    def __call__(self, params):
+        value = next(self.values)
+        if isinstance(value, Exception):
+            raise value
+        self.shown.append(jax.tree.map(np.array, params))
+        self.live.append(params)
+        return {"mse": value, "loss": 0.0}
+
+
+def toy(values, steps=12, bad_element=None, loss=regression, ema_decay=0.9, **changes):
+    optimizer = OptimizerConfig(learning_rate=0.05, schedule="cosine", clip_norm=1.0, ema_decay=ema_decay)
+    settings = {"steps": steps, "batch_size": 8, "eval_every": 3, "select": "val/mse", "optimizer": optimizer}
+    return Stage(
+        name="stage1",
+        config=Stage1Config(**{**settings, **changes}),
+        init=toy_params,
+        loss=loss,
+        frozen={"shift": np.float32(0.25)},
+        batches=toy_batches(bad_element),
+        validate=Validation(values),
+    )
+
+
+CONFIG = Config(name="toy", seed=11, log_every=1)
+MESH = make_mesh(2, 2, 2)
+FALLING = [4.0, 3.0, 2.0, 1.0]
+
+
+def assert_same_bits(actual, expected):
+    jax.tree.map(np.testing.assert_array_equal, actual, expected)
+
+
+def log_of(folder) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_the_loop_is_the_step_over_the_batches(tmp_path):
+    """Against the plain step on one device, unjitted loop, keys and batches by hand."""
+    result = fit(toy(FALLING), CONFIG, make_mesh(devices=jax.devices()[:1]), tmp_path)
+    stage = toy([])
+    optimizer = make_optimizer(stage.config.optimizer, 12)
+    state = init_state(toy_params, optimizer, True, jax.random.key(11))
+    step = jax.jit(make_train_step(regression, optimizer, 0.9, 11))
+    logged = []
+    for _ in range(12):
+        state, terms = step(state, stage.frozen, next(stage.batches))
+        logged.append({f"train/{name}": float(value) for name, value in terms.items()})
+    assert jax.tree.all(jax.tree.map(lambda a, b: np.allclose(a, b, rtol=1e-6, atol=1e-7), result, state.ema))
+    for line, expected in zip([line for line in log_of(tmp_path) if "train/loss" in line], logged, strict=True):
+        assert {name: pytest.approx(value, rel=1e-5) for name, value in expected.items()} == {
+            name: value for name, value in line.items() if name != "step"
+        }
+
+
+def test_logged_numbers_are_means_since_the_last_log(tmp_path):
+    fit(toy(FALLING), CONFIG, MESH, tmp_path / "1")
+    fit(toy(FALLING), dataclasses.replace(CONFIG, log_every=5), MESH, tmp_path / "5")
+    every = {line["step"]: line["train/loss"] for line in log_of(tmp_path / "1") if "train/loss" in line}
+    coarse = {line["step"]: line["train/loss"] for line in log_of(tmp_path / "5") if "train/loss" in line}
+    assert list(coarse) == [3, 5, 6, 9, 10, 12]
+    for start, stop in ((0, 3), (3, 5), (5, 6), (6, 9), (9, 10), (10, 12)):
+        mean = np.mean([every[step] for step in range(start + 1, stop + 1)])
+        assert coarse[stop] == pytest.approx(mean, rel=1e-6)
+
+
+def interrupt(monkeypatch, after: int) -> None:
+    """Ends the process's loop, as a kill would, when step `after` + 1 asks for its batch."""
+    real, count = training.shard_batch, iter(range(after))
+
+    def until(batch, mesh):
+        if next(count, None) is None:
+            raise KeyboardInterrupt
+        return real(batch, mesh)
+
+    monkeypatch.setattr(training, "shard_batch", until)
+
+
+@pytest.mark.parametrize("after", [2, 3, 8, 11])
+def test_an_interrupted_stage_ends_with_the_same_bits(tmp_path, monkeypatch, after):
+    expected = fit(toy(FALLING), CONFIG, MESH, tmp_path / "whole")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt(patch, after)
+        fit(toy(FALLING), CONFIG, MESH, tmp_path / "cut")
+    stage = toy(FALLING[after // 3 :])
+    assert_same_bits(fit(stage, CONFIG, MESH, tmp_path / "cut"), expected)
+    assert len(stage.validate.shown) == 4 - after // 3  # it did go on and not begin again
+    assert log_of(tmp_path / "cut") == log_of(tmp_path / "whole")
+
+
+def test_a_finished_stage_is_read_and_not_trained(tmp_path):
+    expected = fit(toy(FALLING), CONFIG, MESH, tmp_path)
+    log = log_of(tmp_path)
+    stage = toy([])
+    assert_same_bits(fit(stage, CONFIG, MESH, tmp_path), expected)
+    assert stage.validate.shown == []
+    assert log_of(tmp_path) == log
+
+
+def test_a_stage_goes_on_over_another_mesh(tmp_path, monkeypatch):
+    expected = fit(toy(FALLING), CONFIG, MESH, tmp_path / "whole")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt(patch, 7)
+        fit(toy(FALLING), CONFIG, MESH, tmp_path / "cut")
+    result = fit(toy(FALLING[2:]), CONFIG, make_mesh(devices=jax.devices()[:1]), tmp_path / "cut")
+    assert jax.tree.all(jax.tree.map(lambda a, b: np.allclose(a, b, rtol=1e-5, atol=1e-6), result, expected))
+
+
+@pytest.mark.parametrize(
+    ("values", "mode", "best"),
+    [
+        ([3.0, 1.0, 2.0, 2.0], "min", 1),
+        ([3.0, 1.0, 2.0, 2.0], "max", 0),
+        ([np.nan, 2.0, 2.0, np.inf], "min", 2),
+        ([1.0, 2.0, 3.0, np.nan], "max", 2),
+    ],
+)
+@pytest.mark.parametrize("ema_decay", [None, 0.9])
+def test_the_result_is_what_was_validated_best(tmp_path, values, mode, best, ema_decay):
+    stage = toy(values, select_mode=mode, ema_decay=ema_decay)
+    result = fit(stage, CONFIG, MESH, tmp_path)
+    assert_same_bits(result, stage.validate.shown[best])
+    noted = json.loads((tmp_path / "selected.json").read_text())
+    assert noted == {"step": 3 * (best + 1), "metric": "val/mse", "value": values[best]}
+
+
+def test_the_last_step_is_validated_too(tmp_path):
+    stage = toy([2.0, 1.0, 3.0], steps=7)
+    fit(stage, CONFIG, MESH, tmp_path)
+    assert [line["step"] for line in log_of(tmp_path) if "val/mse" in line] == [3, 6, 7]
+
+
+@pytest.mark.parametrize("log_every", [1, 4])
+@pytest.mark.parametrize("step", [1, 5, 8])
+def test_a_loss_that_is_not_finite_stops_at_its_step(tmp_path, log_every, step):
+    stage = toy(FALLING, bad_element=8 * (step - 1) + 3)
+    config = dataclasses.replace(CONFIG, log_every=log_every)
+    with pytest.raises(NonFiniteLoss, match=rf"^stage1: the loss is not finite at step {step} \(.*loss nan") as error:
+        fit(stage, config, MESH, tmp_path)
+    assert "stage1.optimizer.learning_rate" in str(error.value)
+    with Checkpoints(tmp_path / "checkpoints", config, "min") as checkpoints:
+        assert checkpoints.latest == (step - 1) // 3 * 3 or (checkpoints.latest is None and step <= 3)
+    assert len(stage.validate.shown) == (step - 1) // 3
+
+
+def test_a_number_that_validation_does_not_give_is_named(tmp_path):
+    stage = toy(FALLING, select="val/kl")
+    with pytest.raises(InputError, match=r"^stage1\.select is 'val/kl'; expected one of val/mse, val/loss$"):
+        fit(stage, CONFIG, MESH, tmp_path)
+
+
+def test_the_loss_is_traced_once_and_the_old_state_is_given_away(tmp_path):
+    traces = []
+
+    def counted(params, frozen, batch, key):
+        traces.append(1)
+        return regression(params, frozen, batch, key)
+
+    stage = toy(FALLING, loss=counted, ema_decay=None)
+    fit(stage, CONFIG, MESH, tmp_path)
+    assert len(traces) == 1
+    for params in stage.validate.live[:-1]:  # the parameters themselves; the next step took their memory
+        assert all(leaf.is_deleted() for leaf in jax.tree.leaves(params))
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(stage.validate.live[-1]))
+
+
+def test_frozen_parameters_and_initial_ones_are_not_given_away(tmp_path):
+    frozen, initial = {"shift": jnp.float32(0.25)}, toy_params()
+    stage = dataclasses.replace(toy(FALLING), frozen=frozen, init=lambda key: initial)
+    fit(stage, CONFIG, make_mesh(devices=jax.devices()[:1]), tmp_path)
+    assert float(frozen["shift"]) == 0.25
+    np.testing.assert_array_equal(flat(initial), flat(toy_params()))
+
+
+def test_a_batch_that_the_mesh_cannot_split_is_named():
+    for name, sizes in (("stage1", (6, 8)), ("stage2", (8, 6))):
+        config = Config(name="x", stage1=Stage1Config(batch_size=sizes[0]), stage2=Stage2Config(batch_size=sizes[1]))
+        with pytest.raises(InputError, match=rf"^{name}\.batch_size is 6; it must be a multiple of 4"):
+            check_batch_sizes(config, MESH)
+        check_batch_sizes(config, make_mesh(1, 2, 4))
+
+
+# ---- the real stages, over meshes ----------------------------------------------------------------
+
+MESHES = {"1": (1, 1, 1), "data 8": (8, 1, 1), "data 4 x fsdp 2": (4, 2, 1), "data 4 x tensor 2": (4, 1, 2)}
+
+
+def mesh_of(name):
+    return make_mesh(*MESHES[name], devices=jax.devices()[: np.prod(MESHES[name])])
+
+
+def relative(actual, expected) -> float:
+    """||actual - expected|| / ||expected|| over all leaves."""
+    pairs = list(zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True))
+    off = sum(np.sum((np.asarray(a, np.float64) - np.asarray(b)) ** 2) for a, b in pairs)
+    return float(np.sqrt(off / sum(np.sum(np.asarray(b, np.float64) ** 2) for _, b in pairs)))
