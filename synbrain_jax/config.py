@@ -127,27 +127,22 @@ class Config:
             f"brain_vae gives latents [{vae.latent_tokens}, {vae.latent_dim}] but mapper works on "
             f"[{mapper.tokens}, {mapper.width}]; they must be equal (0 everywhere: as the data set's tokens)",
         )
-        _require(mapper.width % mapper.heads == 0, f"mapper.heads {mapper.heads} does not divide width {mapper.width}")
-        _require(mapper.width % 2 == 0, f"mapper.width is {mapper.width}; it must be even")
-        _require(mapper.prediction in ("x", "v"), f"mapper.prediction is {mapper.prediction!r}; expected 'x' or 'v'")
-        levels = len(vae.channel_mult)
-        for field, count in (("num_down_blocks", vae.num_down_blocks), ("num_up_blocks", vae.num_up_blocks)):
-            _require(0 <= count <= levels, f"brain_vae.{field} is {count}; expected 0 to {levels}")
-        _require(
-            vae.pool_length % 2**vae.num_down_blocks == 0,
-            f"brain_vae.pool_length {vae.pool_length} cannot be halved {vae.num_down_blocks} times",
-        )
-        for field, value in (("brain_vae.dtype", vae.dtype), ("mapper.dtype", mapper.dtype)):
-            _require(value in ("float32", "bfloat16"), f"{field} is {value!r}; expected 'float32' or 'bfloat16'")
         for name, stage in (("stage1", self.stage1), ("stage2", self.stage2)):
             for field in ("steps", "batch_size", "eval_every"):
-                value = getattr(stage, field)
-                _require(value >= 1, f"{name}.{field} is {value}; expected at least 1")
-            _require(stage.optimizer.learning_rate > 0, f"{name}.optimizer.learning_rate must be above 0")
-        _require(
-            0 <= self.stage1.average_share <= 1, f"stage1.average_share is {self.stage1.average_share}, not 0 to 1"
-        )
-        _require(self.log_every >= 1, f"log_every is {self.log_every}; expected at least 1")
+                _check(getattr(stage, field) >= 1, f"{name}.{field}", getattr(stage, field), "at least 1")
+            optimizer, at = stage.optimizer, f"{name}.optimizer"
+            _check(optimizer.learning_rate > 0, f"{at}.learning_rate", optimizer.learning_rate, "above 0")
+            _check(optimizer.warmup_steps >= 0, f"{at}.warmup_steps", optimizer.warmup_steps, "at least 0")
+            _check(optimizer.weight_decay >= 0, f"{at}.weight_decay", optimizer.weight_decay, "at least 0")
+            clip, decay = optimizer.clip_norm, optimizer.ema_decay
+            _check(clip is None or clip > 0, f"{at}.clip_norm", clip, "above 0, or none")
+            _check(decay is None or 0 <= decay < 1, f"{at}.ema_decay", decay, "0 to below 1, or none")
+        for field in ("kl_weight", "clip_weight"):
+            _check(getattr(self.stage1, field) >= 0, f"stage1.{field}", getattr(self.stage1, field), "at least 0")
+        _check(0 <= self.stage1.average_share <= 1, "stage1.average_share", self.stage1.average_share, "0 to 1")
+        _check(self.stage2.voxel_weight >= 0, "stage2.voxel_weight", self.stage2.voxel_weight, "at least 0")
+        _check(self.seed >= 0, "seed", self.seed, "at least 0")
+        _check(self.log_every >= 1, "log_every", self.log_every, "at least 1")
 
     def for_tokens(self, shape: tuple[int, int]) -> "Config":
         """This config for a data set with tokens [t, d]: sizes that are 0 take the data set's.
@@ -191,6 +186,10 @@ def nearest(name: str, known: Iterable[str]) -> str:
     known = sorted(known)
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"
+
+
+def _check(condition: bool, field: str, given: Any, expected: str) -> None:
+    _require(condition, f"{field} is {given}; expected {expected}")
 
 
 def _require(condition: bool, message: str) -> None:

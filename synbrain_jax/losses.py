@@ -1,4 +1,4 @@
-"""Training losses of both stages, as plain functions of arrays. All means over the batch; float32.
+"""Training losses of both stages, as plain functions of arrays; all are means over the batch.
 
 Shape letters: b batch, v voxels, t latent tokens, d latent width.
 """
@@ -66,6 +66,8 @@ def mapper_mse(
     chex.assert_equal_shape([output, tokens, latent])
     if prediction not in ("x", "v"):
         raise ValueError(f"prediction is {prediction!r}; expected 'x' or 'v'")
+    if weight is not None:
+        chex.assert_shape(weight, (len(output),))
     target = latent if prediction == "x" else latent - tokens
     per_sample = jnp.square(output - target).mean((1, 2))
     return per_sample.mean() if weight is None else (weight * per_sample).mean()

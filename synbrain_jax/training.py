@@ -16,7 +16,7 @@ import optax
 from etils import epath
 from grain import DatasetIterator
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
+from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from synbrain_jax.checkpoint import Checkpoints
 from synbrain_jax.config import Config, OptimizerConfig, Stage1Config, Stage2Config
@@ -34,12 +34,12 @@ class NonFiniteLoss(RuntimeError):
 
 @flax.struct.dataclass
 class TrainState:
-    """All that a step changes. `ema` is the moving average of the parameters, or None if there is none."""
+    """All that a step changes: arrays, or (in the same structure) their shapes or shardings."""
 
-    step: Int[Array, ""]
+    step: PyTree  # int32 []
     params: PyTree
     opt_state: PyTree
-    ema: PyTree
+    ema: PyTree  # moving average of params; None if there is none
 
     @property
     def result(self) -> PyTree:

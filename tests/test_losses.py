@@ -131,7 +131,7 @@ def test_soft_clip_of_bfloat16_is_computed_in_float32():
 # --- mapper ---
 
 
-@pytest.mark.parametrize("weight", [None, [1.0, 2.0, 0.0]])
+@pytest.mark.parametrize("weight", [None, [1.0, 3.0, 0.5]])
 @pytest.mark.parametrize("prediction", ["x", "v"])
 def test_mapper_mse_is_its_definition(prediction, weight):
     output, tokens, latent = (np.asarray(normal(3, 2, 4, seed=i)) for i in range(3))

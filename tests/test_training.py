@@ -112,7 +112,8 @@ def test_steps_are_adamw_with_clipping_decay_and_average(settings):
         draws.append(terms["draw"])
         norms.append(terms["grad_norm"])
     expected = adamw(flat(toy_params()), lambda p, i: CURVATURE * (p - targets[i]), settings, steps, total)
-    np.testing.assert_allclose(found, expected, rtol=2e-5, atol=2e-6)
+    # 1 - 0.999^i, in float32, is off by 3e-5 at first: half of that in a step of 0.1.
+    np.testing.assert_allclose(found, expected, atol=1e-5)
 
     before = np.concatenate([[flat(toy_params())], expected[:-1]])
     gradients = CURVATURE * (before - targets)
@@ -129,7 +130,7 @@ def test_steps_are_adamw_with_clipping_decay_and_average(settings):
         d = settings.ema_decay
         weights = (1 - d) * d ** np.arange(steps - 1, -1, -1)
         average = d**steps * flat(toy_params()) + weights @ expected
-        np.testing.assert_allclose(flat(state.result), average, rtol=2e-5, atol=2e-6)
+        np.testing.assert_allclose(flat(state.result), average, atol=1e-5)
 
 
 def test_clipping_bites_in_the_test_above():
@@ -163,15 +164,11 @@ class Validation:
     """Gives the numbers of a script and remembers what it was shown."""
 
     def __init__(self, values):
-        self.values, self.shown, self.live = iter(values), [], []
+        self.values, self.shown = iter(values), []
 
     def __call__(self, params):
-        value = next(self.values)
-        if isinstance(value, Exception):
-            raise value
         self.shown.append(jax.tree.map(np.array, params))
-        self.live.append(params)
-        return {"mse": value, "loss": 0.0}
+        return {"mse": next(self.values), "loss": 0.0}
 
 
 def toy(values, steps=12, bad_element=None, loss=regression, ema_decay=0.9, **changes):
@@ -190,6 +187,13 @@ def toy(values, steps=12, bad_element=None, loss=regression, ema_decay=0.9, **ch
 
 CONFIG = Config(name="toy", seed=11, log_every=1)
 MESH = make_mesh(2, 2, 2)
+MESHES = {"1": (1, 1, 1), "data 8": (8, 1, 1), "data 4 x fsdp 2": (4, 2, 1), "data 4 x tensor 2": (4, 1, 2)}
+
+
+def mesh_of(name):
+    return make_mesh(*MESHES[name], devices=jax.devices()[: np.prod(MESHES[name])])
+
+
 FALLING = [4.0, 3.0, 2.0, 1.0]
 
 
@@ -201,29 +205,38 @@ def log_of(folder) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_the_loop_is_the_step_over_the_batches(tmp_path):
-    """Against the plain step on one device, unjitted loop, keys and batches by hand."""
-    result = fit(toy(FALLING), CONFIG, make_mesh(devices=jax.devices()[:1]), tmp_path)
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """Folder and result of a stage that nothing interrupted."""
+    folder = tmp_path_factory.mktemp("whole")
+    return folder, fit(toy(FALLING), CONFIG, MESH, folder)
+
+
+def test_the_loop_is_the_step_over_the_batches(whole):
+    """Against the plain step on one device, with keys and batches by hand."""
+    folder, result = whole
     stage = toy([])
     optimizer = make_optimizer(stage.config.optimizer, 12)
     state = init_state(toy_params, optimizer, True, jax.random.key(11))
     step = jax.jit(make_train_step(regression, optimizer, 0.9, 11))
-    logged = []
+    expected = []
     for _ in range(12):
         state, terms = step(state, stage.frozen, next(stage.batches))
-        logged.append({f"train/{name}": float(value) for name, value in terms.items()})
-    assert jax.tree.all(jax.tree.map(lambda a, b: np.allclose(a, b, rtol=1e-6, atol=1e-7), result, state.ema))
-    for line, expected in zip([line for line in log_of(tmp_path) if "train/loss" in line], logged, strict=True):
-        assert {name: pytest.approx(value, rel=1e-5) for name, value in expected.items()} == {
-            name: value for name, value in line.items() if name != "step"
-        }
+        expected.append(terms)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), result, state.ema)
+    logged = [line for line in log_of(folder) if "train/loss" in line]
+    for name in ("loss", "draw", "grad_norm"):
+        np.testing.assert_allclose(
+            [line[f"train/{name}"] for line in logged], [terms[name] for terms in expected], rtol=1e-5
+        )
 
 
-def test_logged_numbers_are_means_since_the_last_log(tmp_path):
-    fit(toy(FALLING), CONFIG, MESH, tmp_path / "1")
-    fit(toy(FALLING), dataclasses.replace(CONFIG, log_every=5), MESH, tmp_path / "5")
-    every = {line["step"]: line["train/loss"] for line in log_of(tmp_path / "1") if "train/loss" in line}
-    coarse = {line["step"]: line["train/loss"] for line in log_of(tmp_path / "5") if "train/loss" in line}
+def test_logged_numbers_are_means_since_the_last_log(whole, tmp_path):
+    fit(toy(FALLING), dataclasses.replace(CONFIG, log_every=5), MESH, tmp_path)
+    every, coarse = (
+        {line["step"]: line["train/loss"] for line in log_of(folder) if "train/loss" in line}
+        for folder in (whole[0], tmp_path)
+    )
     assert list(coarse) == [3, 5, 6, 9, 10, 12]
     for start, stop in ((0, 3), (3, 5), (5, 6), (6, 9), (9, 10), (10, 12)):
         mean = np.mean([every[step] for step in range(start + 1, stop + 1)])
@@ -242,46 +255,38 @@ def interrupt(monkeypatch, after: int) -> None:
     monkeypatch.setattr(training, "shard_batch", until)
 
 
-@pytest.mark.parametrize("after", [2, 3, 8, 11])
-def test_an_interrupted_stage_ends_with_the_same_bits(tmp_path, monkeypatch, after):
-    expected = fit(toy(FALLING), CONFIG, MESH, tmp_path / "whole")
+@pytest.mark.parametrize("after", [2, 3, 8])
+def test_an_interrupted_stage_ends_with_the_same_bits(whole, tmp_path, monkeypatch, after):
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         interrupt(patch, after)
-        fit(toy(FALLING), CONFIG, MESH, tmp_path / "cut")
+        fit(toy(FALLING), CONFIG, MESH, tmp_path)
     stage = toy(FALLING[after // 3 :])
-    assert_same_bits(fit(stage, CONFIG, MESH, tmp_path / "cut"), expected)
+    assert_same_bits(fit(stage, CONFIG, MESH, tmp_path), whole[1])
     assert len(stage.validate.shown) == 4 - after // 3  # it did go on and not begin again
-    assert log_of(tmp_path / "cut") == log_of(tmp_path / "whole")
+    assert log_of(tmp_path) == log_of(whole[0])
+
+    finished = toy([])
+    assert_same_bits(fit(finished, CONFIG, MESH, tmp_path), whole[1])  # read, not trained
+    assert log_of(tmp_path) == log_of(whole[0])
 
 
-def test_a_finished_stage_is_read_and_not_trained(tmp_path):
-    expected = fit(toy(FALLING), CONFIG, MESH, tmp_path)
-    log = log_of(tmp_path)
-    stage = toy([])
-    assert_same_bits(fit(stage, CONFIG, MESH, tmp_path), expected)
-    assert stage.validate.shown == []
-    assert log_of(tmp_path) == log
-
-
-def test_a_stage_goes_on_over_another_mesh(tmp_path, monkeypatch):
-    expected = fit(toy(FALLING), CONFIG, MESH, tmp_path / "whole")
+def test_a_stage_goes_on_over_another_mesh(whole, tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         interrupt(patch, 7)
-        fit(toy(FALLING), CONFIG, MESH, tmp_path / "cut")
-    result = fit(toy(FALLING[2:]), CONFIG, make_mesh(devices=jax.devices()[:1]), tmp_path / "cut")
-    assert jax.tree.all(jax.tree.map(lambda a, b: np.allclose(a, b, rtol=1e-5, atol=1e-6), result, expected))
+        fit(toy(FALLING), CONFIG, MESH, tmp_path)
+    result = fit(toy(FALLING[2:]), CONFIG, make_mesh(devices=jax.devices()[:1]), tmp_path)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), result, whole[1])
 
 
 @pytest.mark.parametrize(
-    ("values", "mode", "best"),
+    ("values", "mode", "best", "ema_decay"),
     [
-        ([3.0, 1.0, 2.0, 2.0], "min", 1),
-        ([3.0, 1.0, 2.0, 2.0], "max", 0),
-        ([np.nan, 2.0, 2.0, np.inf], "min", 2),
-        ([1.0, 2.0, 3.0, np.nan], "max", 2),
+        ([3.0, 1.0, 2.0, 2.0], "min", 1, 0.9),
+        ([3.0, 1.0, 2.0, 2.0], "max", 0, None),
+        ([np.nan, 2.0, 2.0, np.inf], "min", 2, None),
+        ([1.0, 2.0, 3.0, np.nan], "max", 2, 0.9),
     ],
 )
-@pytest.mark.parametrize("ema_decay", [None, 0.9])
 def test_the_result_is_what_was_validated_best(tmp_path, values, mode, best, ema_decay):
     stage = toy(values, select_mode=mode, ema_decay=ema_decay)
     result = fit(stage, CONFIG, MESH, tmp_path)
@@ -296,16 +301,15 @@ def test_the_last_step_is_validated_too(tmp_path):
     assert [line["step"] for line in log_of(tmp_path) if "val/mse" in line] == [3, 6, 7]
 
 
-@pytest.mark.parametrize("log_every", [1, 4])
-@pytest.mark.parametrize("step", [1, 5, 8])
-def test_a_loss_that_is_not_finite_stops_at_its_step(tmp_path, log_every, step):
+@pytest.mark.parametrize(("step", "log_every"), [(1, 1), (1, 4), (5, 4), (8, 4), (8, 20)])
+def test_a_loss_that_is_not_finite_stops_at_its_step(tmp_path, step, log_every):
     stage = toy(FALLING, bad_element=8 * (step - 1) + 3)
     config = dataclasses.replace(CONFIG, log_every=log_every)
     with pytest.raises(NonFiniteLoss, match=rf"^stage1: the loss is not finite at step {step} \(.*loss nan") as error:
         fit(stage, config, MESH, tmp_path)
     assert "stage1.optimizer.learning_rate" in str(error.value)
     with Checkpoints(tmp_path / "checkpoints", config, "min") as checkpoints:
-        assert checkpoints.latest == (step - 1) // 3 * 3 or (checkpoints.latest is None and step <= 3)
+        assert (checkpoints.latest or 0) == (step - 1) // 3 * 3
     assert len(stage.validate.shown) == (step - 1) // 3
 
 
@@ -315,19 +319,42 @@ def test_a_number_that_validation_does_not_give_is_named(tmp_path):
         fit(stage, CONFIG, MESH, tmp_path)
 
 
-def test_the_loss_is_traced_once_and_the_old_state_is_given_away(tmp_path):
-    traces = []
+def test_the_loss_is_traced_once_and_the_old_state_is_given_away(tmp_path, monkeypatch):
+    traces, seen = [], []
 
     def counted(params, frozen, batch, key):
         traces.append(1)
         return regression(params, frozen, batch, key)
 
-    stage = toy(FALLING, loss=counted, ema_decay=None)
+    def look(params):  # without a copy, which would hold on to the memory
+        seen.append(params)
+        return {"mse": 0.0}
+
+    save = Checkpoints.save
+    # So would a checkpoint that is being written.
+    monkeypatch.setattr(Checkpoints, "save", lambda self, step, *rest: save(self, step, *rest) if step == 12 else None)
+    stage = dataclasses.replace(toy([], loss=counted, ema_decay=None), validate=look)
     fit(stage, CONFIG, MESH, tmp_path)
     assert len(traces) == 1
-    for params in stage.validate.live[:-1]:  # the parameters themselves; the next step took their memory
-        assert all(leaf.is_deleted() for leaf in jax.tree.leaves(params))
-    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(stage.validate.live[-1]))
+    deleted = [[leaf.is_deleted() for leaf in jax.tree.leaves(params)] for params in seen]
+    assert deleted == [[True, True]] * 3 + [[False, False]]  # the next step took their memory
+
+
+def test_the_first_parameters_depend_on_the_seed_and_not_on_the_mesh(tmp_path):
+    def init(key):
+        return {"final": {"kernel": jax.random.normal(key, (8, 4)), "bias": jnp.zeros(4)}}
+
+    def loss(params, frozen, batch, key):
+        value = 0.0 * params["final"]["kernel"].sum()
+        return value, {"loss": value}
+
+    expected = jax.random.normal(jax.random.key(11), (8, 4))
+    found = []
+    for name in ("1", "data 8", "data 4 x fsdp 2", "data 4 x tensor 2"):
+        stage = dataclasses.replace(toy([1.0], steps=1, ema_decay=None, loss=loss), init=init)
+        found.append(fit(stage, CONFIG, mesh_of(name), tmp_path / name)["final"]["kernel"])
+        np.testing.assert_array_equal(found[0], found[-1])
+    np.testing.assert_allclose(found[0], expected, rtol=1e-6)
 
 
 def test_frozen_parameters_and_initial_ones_are_not_given_away(tmp_path):
@@ -348,15 +375,74 @@ def test_a_batch_that_the_mesh_cannot_split_is_named():
 
 # ---- the real stages, over meshes ----------------------------------------------------------------
 
-MESHES = {"1": (1, 1, 1), "data 8": (8, 1, 1), "data 4 x fsdp 2": (4, 2, 1), "data 4 x tensor 2": (4, 1, 2)}
-
-
-def mesh_of(name):
-    return make_mesh(*MESHES[name], devices=jax.devices()[: np.prod(MESHES[name])])
-
 
 def relative(actual, expected) -> float:
     """||actual - expected|| / ||expected|| over all leaves."""
     pairs = list(zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True))
     off = sum(np.sum((np.asarray(a, np.float64) - np.asarray(b)) ** 2) for a, b in pairs)
     return float(np.sqrt(off / sum(np.sum(np.asarray(b, np.float64) ** 2) for _, b in pairs)))
+
+
+REAL = tiny.config(
+    seed=3,
+    stage1=Stage1Config(
+        steps=4,
+        batch_size=8,
+        eval_every=2,
+        average_share=0.5,
+        optimizer=OptimizerConfig(learning_rate=2e-3, weight_decay=0.05),
+    ),
+    stage2=Stage2Config(
+        steps=4,
+        batch_size=8,
+        eval_every=2,
+        optimizer=OptimizerConfig(learning_rate=2e-3, clip_norm=1.0, ema_decay=0.9),
+    ),
+)
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_dataset, tmp_path_factory):
+    """Both stages on a mesh: (folder, BrainVAE, targets, mapper), on the host; each mesh is trained once."""
+    validation = load_trials(tiny_dataset, "validation")
+    initial = tiny.random_params(REAL)  # handed in, because to compile the real initialisation takes longest
+
+    @cache
+    def on(name):
+        folder, mesh = tmp_path_factory.mktemp("mesh"), mesh_of(name)
+        stage = stages.stage1(REAL, tiny_dataset, validation)
+        stage = dataclasses.replace(stage, init=lambda _: jax.tree.map(jnp.array, initial["brain_vae"]))
+        vae = fit(stage, REAL, mesh, folder / "stage1")
+        targets, _ = stages.encode_stimuli(REAL, tiny_dataset, vae, folder / "stage2")
+        stage = stages.stage2(REAL, tiny_dataset, validation, vae, targets)
+        stage = dataclasses.replace(stage, init=lambda _: jax.tree.map(jnp.array, initial["mapper"]))
+        mapper = fit(stage, REAL, mesh, folder / "stage2")
+        return folder, jax.device_get(vae), np.array(targets), jax.device_get(mapper)
+
+    return on
+
+
+def test_report(trained):
+    import time
+
+    for name in MESHES:
+        t = time.process_time()
+        out = trained(name)
+        print(name, "cpu s", time.process_time() - t)
+        one = trained("1")
+        print(name, [relative(out[i], one[i]) for i in (1, 2, 3)])
+        for s in ("stage1", "stage2"):
+            for la, lb in zip(log_of(out[0] / s), log_of(one[0] / s)):
+                print({k: (la[k] - lb[k]) / abs(lb[k]) for k in la})
+        for (k, a), (_, b) in zip(
+            jax.tree_util.tree_leaves_with_path(out[1]), jax.tree_util.tree_leaves_with_path(one[1])
+        ):
+            d = np.abs(a - b).max()
+            if d > 1e-5:
+                print(jax.tree_util.keystr(k, simple=True, separator="/"), a.shape, d)
+        for (k, a), (_, b) in zip(
+            jax.tree_util.tree_leaves_with_path(out[3]), jax.tree_util.tree_leaves_with_path(one[3])
+        ):
+            d = np.abs(a - b).max()
+            if d > 1e-6:
+                print(jax.tree_util.keystr(k, simple=True, separator="/"), a.shape, d)

@@ -6,7 +6,7 @@ convolutional network with one attention layer, and projected to a latent with t
 The decoder mirrors it and ends at whatever number of voxels is asked for; no parameter depends on it.
 
 Differences from the release: channels-last arrays; compute type, rematerialisation and chunked attention are options.
-The numbers are the same.
+The numbers are the same. Derivatives are reverse-mode only (`jax.grad`, not `jax.jvp`).
 
 Shape letters: b batch, v voxels, t latent tokens, d latent width, l positions, c channels.
 """
@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from synbrain_jax.errors import InputError
 from synbrain_jax.models.layers import (
     AttentionBlock,
     Conv,
@@ -50,6 +51,29 @@ class BrainVAEConfig:
     """Recompute each block in the backward pass: about a third of the memory for a third more time."""
     attention_chunk: int | None = None
     """Queries attended at once; None: all. Must divide pool_length / 2**num_down_blocks."""
+
+    def __post_init__(self):
+        levels = len(self.channel_mult)
+        for width in (self.channels, *(self.channels * mult for mult in self.channel_mult)):
+            if width < 1 or (width > 32 and width % 32):
+                raise InputError(
+                    f"brain_vae.channels is {self.channels} and channel_mult {self.channel_mult}: a layer gets {width} "
+                    "channels; expected 1 to 32 or a multiple of 32, for the group normalisation"
+                )
+        for name, count in (("num_down_blocks", self.num_down_blocks), ("num_up_blocks", self.num_up_blocks)):
+            if not 0 <= count <= levels:
+                raise InputError(f"brain_vae.{name} is {count}; expected 0 to {levels}, the number of channel_mult")
+        if self.pool_length % 2**self.num_down_blocks or self.pool_length < 1:
+            raise InputError(
+                f"brain_vae.pool_length is {self.pool_length}; expected a multiple of {2**self.num_down_blocks}, to be "
+                f"halved num_down_blocks = {self.num_down_blocks} times"
+            )
+        if self.attention_chunk is not None and (self.attention_chunk < 1 or self.positions % self.attention_chunk):
+            raise InputError(
+                f"brain_vae.attention_chunk is {self.attention_chunk}; it must divide the {self.positions} positions"
+            )
+        if self.dtype not in ("float32", "bfloat16"):
+            raise InputError(f"brain_vae.dtype is {self.dtype!r}; expected 'float32' or 'bfloat16'")
 
     @property
     def positions(self) -> int:

@@ -45,7 +45,7 @@ def _conv(x: Array, kernel: Array, padding: tuple[int, int]) -> Array:
 
 
 def strided_conv(x: Float[Array, "b l c"], kernel: Float[Array, "w c f"]) -> Float[Array, "b m f"]:
-    """Convolution with stride 2 and `w // 2` zeros on both sides; m = ceil(l / 2), `w` odd.
+    """Convolution with stride 2 and `w // 2` zeros on both sides; m = ceil(l / 2), `w` odd and above 1.
 
     Polyphase: even taps only ever meet even positions of the padded input and odd taps odd ones, so it is the sum of
     two dense convolutions over half the positions.
@@ -64,8 +64,8 @@ def transposed_conv(x: Float[Array, "b l c"], kernel: Float[Array, "7 c f"]) -> 
     Tap k of input i lands on output 2 i + k - 3. Polyphase: even outputs see taps 1, 3, 5 and odd outputs taps
     0, 2, 4, 6, each a dense convolution; the two are interleaved.
     """
-    even = _conv(x, kernel[jnp.array([5, 3, 1])], (1, 1))
-    odd = _conv(x, kernel[jnp.array([6, 4, 2, 0])], (1, 2))
+    even = _conv(x, kernel[5::-2], (1, 1))
+    odd = _conv(x, kernel[6::-2], (1, 2))
     b, length, f = even.shape
     return jnp.stack([even, odd], axis=2).reshape(b, 2 * length, f)
 

@@ -18,6 +18,7 @@ from einops import rearrange
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from synbrain_jax.errors import InputError
 from synbrain_jax.models.layers import position_embedding, timestep_embedding
 
 LAYER_NORM_EPS = 1e-6
@@ -40,6 +41,17 @@ class MapperConfig:
     """Compute type, "float32" or "bfloat16"; parameters, normalisation and softmax stay float32."""
     remat: bool = False
     """Recompute each block in the backward pass."""
+
+    def __post_init__(self):
+        if self.heads < 1 or self.width % self.heads or self.width % 2:
+            raise InputError(
+                f"mapper.width is {self.width} and mapper.heads {self.heads}; the width must be even and a multiple of "
+                "the heads"
+            )
+        if self.prediction not in ("x", "v"):
+            raise InputError(f"mapper.prediction is {self.prediction!r}; expected 'x' or 'v'")
+        if self.dtype not in ("float32", "bfloat16"):
+            raise InputError(f"mapper.dtype is {self.dtype!r}; expected 'float32' or 'bfloat16'")
 
     @classmethod
     def paper(cls, **changes) -> "MapperConfig":
@@ -151,6 +163,8 @@ class SemanticToNeural(nn.Module):
         `time` is 0 for every element when it is not given, which is how the system is trained and used.
         """
         cfg, dtype = self.config, jnp.dtype(self.config.dtype)
+        if tokens.shape[1:] != (cfg.tokens, cfg.width):
+            raise ValueError(f"tokens have shape {tokens.shape}; expected [batch, {cfg.tokens}, {cfg.width}]")
         block = nn.remat(Block) if cfg.remat else Block
         c = TimeEmbedding(cfg.width, dtype, name="time")(jnp.zeros(1) if time is None else time)
         x = tokens + position_embedding(cfg.tokens, cfg.width)[None]
