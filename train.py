@@ -9,7 +9,7 @@ from pathlib import Path
 
 from synbrain_jax import stages
 from synbrain_jax.checkpoint import Bundle, check_workdir, claim_workdir, save_bundle
-from synbrain_jax.cli import exit_on_input_error, run_settings
+from synbrain_jax.cli import plain_errors, run_settings
 from synbrain_jax.data import prepare_data
 from synbrain_jax.data.pairs import load_trials, open_dataset
 from synbrain_jax.evaluation import write_evaluation
@@ -58,5 +58,5 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    with exit_on_input_error():
+    with plain_errors():
         main(sys.argv[1:])

@@ -163,7 +163,10 @@ def abstract_params(config: Config) -> dict:
 def check_workdir(workdir: str | os.PathLike, config: Config) -> None:
     """Raises InputError if `workdir` holds a run of another configuration."""
     file = epath.Path(workdir) / "config.json"
-    differences = Config.from_json(read_text(file)).differences(config) if file.exists() else []
+    try:
+        differences = Config.from_json(read_text(file)).differences(config) if file.exists() else []
+    except InputError as error:
+        raise InputError(f"{file}: {error}. Choose another --workdir, or delete the folder.") from error
     if differences:
         raise InputError(
             f"{os.fspath(workdir)} belongs to another run ({'; '.join(differences)}). Choose another --workdir, "

@@ -14,7 +14,7 @@ import tyro
 from tyro.conf import arg, subcommand
 
 from synbrain_jax.config import Config, nearest
-from synbrain_jax.errors import InputError
+from synbrain_jax.errors import InputError, NonFiniteLoss
 from synbrain_jax.files import read_array, read_npz, write_npy, write_npz
 from synbrain_jax.synthesis import Variability, load_pretrained
 
@@ -24,7 +24,7 @@ from synbrain_jax.synthesis import Variability, load_pretrained
 def main(arguments: list[str] | None = None) -> None:
     """The `synbrain` command."""
     verbs = {"prepare": prepare, "synthesize": synthesize, "evaluate": evaluate, "report": report}
-    with exit_on_input_error():
+    with plain_errors():
         tyro.extras.subcommand_cli_from_dict(verbs, prog="synbrain", args=arguments)
 
 
@@ -97,12 +97,13 @@ def synthesize(
 ) -> None:
     """Synthesise fMRI from tokens.
 
-    Writes `fmri` [stimuli, k, voxels] float32. An .npz also gets `stimulus_id` if the tokens had them, and `voxel_ijk`
-    if the voxels' positions are known.
+    Writes `fmri` [rows of tokens, k, voxels] float32. An .npz also gets `stimulus_id` if the tokens had them, and
+    `voxel_ijk` if the voxels' positions are known.
 
     Args:
         model: Bundle folder of a trained system.
-        tokens: .npy [stimuli, tokens, width], or .npz with `tokens` and optionally `stimulus_id`.
+        tokens: .npy [stimuli, tokens, width], or .npz with `tokens` and optionally the rows' `tokens_stimulus_id` (or
+            `stimulus_id`).
         out: .npz or .npy file to write.
         k: Samples per stimulus.
         variability: What the samples vary by; "none" repeats the expected response.
@@ -115,6 +116,11 @@ def synthesize(
     given = read_npz(tokens) if tokens.suffix == ".npz" else {"tokens": read_array(tokens)}
     if "tokens" not in given:
         raise InputError(f"{tokens}: no array 'tokens'; it holds {', '.join(given) or 'nothing'}")
+    names = given.get("tokens_stimulus_id", given.get("stimulus_id"))
+    if names is not None and names.shape != given["tokens"].shape[:1]:
+        raise InputError(
+            f"{tokens}: {len(given['tokens'])} rows of tokens but {names.size} stimulus ids; expected equal"
+        )
     system = load_pretrained(model)
     fmri = system.synthesize(
         given["tokens"],
@@ -128,7 +134,7 @@ def synthesize(
         write_npy(out, fmri)
     else:
         ijk = system.bundle.voxels.ijk
-        known = {"stimulus_id": given.get("stimulus_id"), "voxel_ijk": ijk}
+        known = {"stimulus_id": names, "voxel_ijk": ijk}
         write_npz(out, {"fmri": fmri, **{name: value for name, value in known.items() if value is not None}})
     print(f"{out}: {fmri.shape[0]} stimuli x {fmri.shape[1]} samples x {fmri.shape[2]} voxels")
 
@@ -189,10 +195,17 @@ def run_settings(arguments: list[str], folder: Path) -> tuple[Config, Path]:
 
 
 @contextlib.contextmanager
-def exit_on_input_error() -> Iterator[None]:
-    """Turns wrong input into one line on stderr and exit code 2."""
+def plain_errors() -> Iterator[None]:
+    """Ends the program with one line on stderr: exit code 2 for wrong input, 1 for a diverged loss, 130 for Ctrl-C."""
     try:
         yield
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+        code, message = 2, f"error: {error}"
+    except NonFiniteLoss as error:
+        code, message = 1, f"error: {error}"
+    except KeyboardInterrupt:
+        code, message = 130, "stopped. The same command goes on from the last checkpoint."
+    else:
+        return
+    print(message, file=sys.stderr)
+    raise SystemExit(code)

@@ -141,7 +141,7 @@ class Config:
             _check(getattr(self.stage1, field) >= 0, f"stage1.{field}", getattr(self.stage1, field), "at least 0")
         _check(0 <= self.stage1.average_share <= 1, "stage1.average_share", self.stage1.average_share, "0 to 1")
         _check(self.stage2.voxel_weight >= 0, "stage2.voxel_weight", self.stage2.voxel_weight, "at least 0")
-        _check(self.seed >= 0, "seed", self.seed, "at least 0")
+        _check(0 <= self.seed < 2**31, "seed", self.seed, "0 to 2**31 - 1")
         _check(self.log_every >= 1, "log_every", self.log_every, "at least 1")
 
     def for_tokens(self, shape: tuple[int, int]) -> "Config":

@@ -1,4 +1,4 @@
-"""The one exception that means "the input is wrong", as opposed to "the program is wrong"."""
+"""The exceptions whose messages are meant for users, as opposed to "the program is wrong"."""
 
 
 class InputError(ValueError):
@@ -7,3 +7,7 @@ class InputError(ValueError):
     The message is complete by itself: it names the file or field, says what was given and what was
     expected, and what to do. The command line prints it alone, without a traceback.
     """
+
+
+class NonFiniteLoss(RuntimeError):
+    """Training met a loss that is NaN or infinite; the message says at which step and which terms."""

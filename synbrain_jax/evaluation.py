@@ -86,8 +86,8 @@ def evaluate(
         "stimulus_id": np.array(test.stimulus_id),
         "prediction": model_prediction,
         "target": target,
-        "prediction_centred": centred(model_prediction),
-        "target_centred": centred(target),
+        "prediction_centred": metrics.centred(model_prediction),
+        "target_centred": metrics.centred(target),
         "voxel_r": np.asarray(metrics.voxel_pearson(model_prediction, target)),
         **{f"prediction_{name}": prediction for name, prediction in rows.items() if name != "model"},
     }
@@ -126,7 +126,9 @@ def score(prediction: Float[np.ndarray, "s v"], trials: Trials) -> dict[str, flo
         )
     if not np.isfinite(prediction).all():
         raise InputError("prediction holds NaN or infinite values; check the model that made it")
-    scores = _scores(prediction, centred(prediction), target, centred(target), trials.fmri, trials.stimulus)
+    scores = _scores(
+        prediction, metrics.centred(prediction), target, metrics.centred(target), trials.fmri, trials.stimulus
+    )
     return {name: float(value) for name, value in jax.device_get(scores).items()}
 
 
@@ -172,11 +174,6 @@ def stimulus_targets(trials: Trials) -> Float[np.ndarray, "s v"]:
     return metrics.group_means(metrics.group_means(trials.fmri, of_trial.reshape(-1)), blocks[:, 0])
 
 
-def centred(patterns: Float[np.ndarray, "s v"]) -> Float[np.ndarray, "s v"]:
-    """Removes the mean pattern over stimuli; exactly 0 where all patterns are equal. float32, float64 inside."""
-    return (patterns - patterns.mean(axis=0, dtype=np.float64)).astype(np.float32)
-
-
 def shifted_tokens_control(
     predict: Callable[[Float[np.ndarray, "s t d"]], Float[np.ndarray, "s v"]], test: Trials
 ) -> float:
@@ -184,9 +181,9 @@ def shifted_tokens_control(
 
     About -1 / (s - 1) of the true score if the prediction follows the tokens, the true score if it ignores them.
     """
-    target = centred(stimulus_targets(test))
+    target = metrics.centred(stimulus_targets(test))
     shifted = (predict(np.roll(test.tokens, shift, axis=0)) for shift in range(1, len(target)))
-    return float(np.mean([metrics.pattern_pearson(centred(patterns), target) for patterns in shifted]))
+    return float(np.mean([metrics.pattern_pearson(metrics.centred(patterns), target) for patterns in shifted]))
 
 
 def write_evaluation(
@@ -215,7 +212,7 @@ def write_evaluation(
         split=split,
     )
     controls = {"shifted_tokens_pattern_r_centred": shifted_tokens_control(model.predict, test)}
-    report = {**evaluation.report, "controls": controls}
+    report = {**evaluation.report, "subject": dataset.voxels.subject, "gain": model.bundle.gain, "controls": controls}
     samples = model.synthesize(tokens, jax.random.key(0), k=SAMPLES, variability="posterior")
     arrays = {"samples": samples, "trials": test.fmri, "trial_stimulus": test.stimulus}
     write_npz(epath.Path(folder) / "predictions.npz", {**evaluation.arrays, **arrays})

@@ -209,7 +209,8 @@ def patterns(
     r = np.asarray(pattern_pearson(prediction, target))
     shown = shown_stimuli(r)
     note = "" if shown.size == r.size else f"{shown.size} of {r.size:,} stimuli, evenly spaced from best to worst r; "
-    title = f"{title}: patterns with their mean over stimuli removed\n{note}{_where(voxels)}; r over all voxels"
+    title = f"{title}: patterns with their mean over stimuli removed, on two colour scales"
+    title += f"\n{note}{_where(voxels)}; r over all voxels"
     kinds = {"measured": target[shown], "synthesised": prediction[shown]}
     labels = [(_short(str(stimulus_id[s])), f"r = {r[s]:.2f}") for s in shown]
     if voxels.ijk is None or voxels.volume_shape is None:

@@ -131,6 +131,11 @@ def repeats(fmri: Float[np.ndarray, "n v"], stimulus: Int[np.ndarray, "n"], run:
     return Repeats(group_means(fmri, of_trial), blocks[:, 0], of_trial)
 
 
+def centred(patterns: Float[np.ndarray, "s v"]) -> Float[np.ndarray, "s v"]:
+    """Removes the mean pattern over stimuli; exactly 0 where all patterns are equal. float32, float64 inside."""
+    return (patterns - patterns.mean(axis=0, dtype=np.float64)).astype(np.float32)
+
+
 def group_means(values: Float[np.ndarray, "n v"], group: Int[np.ndarray, "n"]) -> Float[np.ndarray, "g v"]:
     """Mean of the rows of each group, in ascending order of the group's number; float32, summed in float64."""
     return np.stack([values[rows].mean(axis=0, dtype=np.float64) for rows in group_rows(group)]).astype(np.float32)

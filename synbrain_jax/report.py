@@ -86,7 +86,8 @@ def _render(report: dict[str, Any], block: Callable[[list[list[str]], list[list[
 
 def _headline(report: dict[str, Any]) -> str:
     sizes = ", ".join(f"{report[f'n_{what}']:,} {what}" for what in ("stimuli", "trials", "voxels"))
-    return f"{report['dataset']}, {report['split']} split: {sizes}"
+    subject = f" ({report['subject']})" if "subject" in report else ""
+    return f"{report['dataset']}{subject}, {report['split']} split: {sizes}"
 
 
 def _number(report: dict[str, Any], name: str, metric: str) -> float | None:
@@ -123,12 +124,9 @@ def _closing(report: dict[str, Any]) -> list[str]:
         ratios.append(f"{own / other:.2f} to {name}" if defined else f"- to {name}")
     lines = [f"Ratio of the model's centred pattern r: {', '.join(ratios)}."]
     for name, value in report.get("controls", {}).items():
-        scores = value if isinstance(value, dict) else {"": value}
-        lines.append(f"Control {name}: " + ", ".join(f"{key} {_cell(score)}".strip() for key, score in scores.items()))
-    if report.get("seconds"):
-        lines.append("Seconds: " + ", ".join(f"{what} {spent:.1f}" for what, spent in report["seconds"].items()))
-    if report.get("machine"):
-        lines.append(f"Machine: {report['machine']}")
+        lines.append(f"Control {name}: {_cell(value)}")
+    if report.get("gain") == 0:
+        lines.append("The gain fitted on validation is 0: the model predicts no difference between stimuli.")
     return lines
 
 
@@ -160,6 +158,8 @@ def _read_run(workdir: epath.Path) -> _Run:
 
 
 def _need(path: epath.Path, workdir: epath.Path) -> epath.Path:
+    if not workdir.exists():
+        raise InputError(f"{workdir}: no such folder; give the --workdir of a finished run")
     command = f"python train.py CONFIG --workdir {workdir}"
     if path.name in ("report.json", "predictions.npz"):
         command = f"synbrain evaluate --model {workdir / 'bundle'} --data DATA --out {workdir}"

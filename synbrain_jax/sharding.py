@@ -5,6 +5,7 @@ may be 1; one device is the trivial case. Parameters are placed by an ordered ta
 pattern matches is an error, so that a new parameter is a decision and not an accident.
 """
 
+import math
 import re
 from collections.abc import Sequence
 
@@ -25,6 +26,9 @@ RULES: tuple[tuple[str, P], ...] = (
     (r"decoder/conv_out/kernel$", P(None, "fsdp", None)),  # one output channel
     (r"(conv\w*|shortcut|\w+sample|attn_1/[qkv])/kernel$", P(None, "fsdp", "tensor")),
     (r"attn_1/proj_out/kernel$", P(None, "tensor", "fsdp")),
+    # What post_projector puts out becomes the positions of a convolution. Split, XLA (jax 0.10 to 0.12) computes wrong
+    # values where the convolution's kernel is split too and the batch is not.
+    (r"post_projector/dense_2/linear/kernel$", P(("fsdp", "tensor"), None)),
     (r"p\w+_projector\w*/dense_\d/linear/kernel$", P("fsdp", "tensor")),
     (r"attn/qkv/kernel$", P("fsdp", "tensor")),
     (r"attn/proj/kernel$", P("tensor", "fsdp")),
@@ -88,10 +92,13 @@ def _spec(path: tuple, shape: tuple[int, ...], mesh: Mesh) -> P:
     spec = next((spec for pattern, spec in RULES if re.search(pattern, name)), None)
     if spec is None:
         raise ValueError(f"no sharding rule matches {name} {shape}; add one to synbrain_jax.sharding.RULES")
-    for size, axis in zip(shape, spec, strict=False):
-        if axis is not None and size % mesh.shape[axis]:
+    for size, axes in zip(shape, spec, strict=False):
+        axes = axes if isinstance(axes, tuple) else (axes,) if axes else ()
+        parts = math.prod(mesh.shape[axis] for axis in axes)
+        if size % parts:
+            given = " x ".join(f"mesh.{axis}" for axis in axes)
             raise InputError(
-                f"{name} has shape {shape}: {size} cannot be split over mesh.{axis} = {mesh.shape[axis]}; "
-                f"choose a size of mesh.{axis} that divides the model's widths"
+                f"{name} has shape {shape}: {size} cannot be split over {given} = {parts}; choose sizes that divide "
+                "the model's widths"
             )
     return spec

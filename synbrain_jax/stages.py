@@ -8,17 +8,18 @@ Shape letters: b batch, s stimuli, v voxels, t tokens, d token width.
 
 import dataclasses
 import os
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
-from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
+from jaxtyping import Float, Int, PRNGKeyArray, PyTree
 
 from synbrain_jax import losses, metrics
 from synbrain_jax.checkpoint import Bundle
 from synbrain_jax.config import Config, Stage1Config, Stage2Config
-from synbrain_jax.data.pairs import Dataset, Trials, training_batches
+from synbrain_jax.data.pairs import Dataset, Records, Trials, training_batches
 from synbrain_jax.files import read_npz, write_npz
 from synbrain_jax.models.brain_vae import BrainVAE
 from synbrain_jax.models.semantic_to_neural import SemanticToNeural
@@ -52,7 +53,9 @@ def stage1(config: Config, dataset: Dataset, validation: Trials) -> Stage:
     )
 
 
-def stage2(config: Config, dataset: Dataset, validation: Trials, brain_vae: PyTree, targets: Array | None) -> Stage:
+def stage2(
+    config: Config, dataset: Dataset, validation: Trials, brain_vae: PyTree, targets: Float[np.ndarray, "s t d"] | None
+) -> Stage:
     """The mapper on the stimuli (or trials) of a data set; `targets` are the mean latents of `encode_stimuli`."""
     mapper, vae, settings = SemanticToNeural(config.mapper), BrainVAE(config.brain_vae), config.stage2
     order = model_order(config.data.voxel_order, dataset.voxels.order)
@@ -122,41 +125,54 @@ def mapper_loss(mapper: SemanticToNeural, vae: BrainVAE, settings: Stage2Config)
 
 def encode_stimuli(
     config: Config, dataset: Dataset, params: PyTree, folder: str | os.PathLike
-) -> tuple[Float[np.ndarray, "s t d"], Float[np.ndarray, "t d"]]:
+) -> tuple[Float[np.ndarray, "s t d"] | None, Float[np.ndarray, "t d"]]:
     """BrainVAE's view of the training set, computed once and kept in `folder`.
 
     Returns:
         The posterior mean averaged over the trials of each training stimulus, in record order, as a memory map: with a
-        squared error the mapper's best output depends on nothing else. And the root mean posterior variance over all
-        trials.
+        squared error the mapper's best output depends on nothing else. None where stage 2 encodes single trials.
+        And the root mean posterior variance over all trials.
     """
     folder = epath.Path(folder)
     targets_file, std_file = folder / "targets.npy", folder / "latent_std.npz"
-    if not targets_file.exists():
+    wanted = config.stage2.target == "stimulus_mean"
+    if not std_file.exists():
         vae = BrainVAE(config.brain_vae)
         encode = jax.jit(lambda params, fmri: vae.apply({"params": params}, fmri, method="encode"))
         order = model_order(config.data.voxel_order, dataset.voxels.order)
-        records, batch = dataset.records("train"), config.stage1.batch_size
-        shape = (config.brain_vae.latent_tokens, config.brain_vae.latent_dim)
+        counts = dataset.trials_per_record("train")
+        shape, size = (config.brain_vae.latent_tokens, config.brain_vae.latent_dim), config.stage1.batch_size
         folder.mkdir(parents=True, exist_ok=True)
         unfinished = folder / "targets.npy.unfinished"
-        targets = np.lib.format.open_memmap(unfinished, "w+", np.float32, (len(records), *shape))
-        variance, trials = np.zeros(shape), 0
-        for i in range(len(records)):
-            fmri = records[i].fmri[:, order]
-            total = np.zeros(shape)
-            for start in range(0, len(fmri), batch):
-                part = fmri[start : start + batch]
-                # Padded, so that one program serves every number of trials.
-                mean, logvar = jax.device_get(encode(params, np.pad(part, ((0, batch - len(part)), (0, 0)))))
-                total += mean[: len(part)].sum(0, dtype=np.float64)
-                variance += np.exp(logvar[: len(part)]).sum(0, dtype=np.float64)
-            targets[i] = total / len(fmri)
-            trials += len(fmri)
-        targets.flush()
-        write_npz(std_file, {"latent_std": np.sqrt(variance / trials).astype(np.float32)})
-        unfinished.replace(targets_file)
-    return np.load(targets_file, mmap_mode="r"), read_npz(std_file)["latent_std"]
+        if wanted:
+            targets = np.lib.format.open_memmap(unfinished, "w+", np.float32, (len(counts), *shape))
+        variance = np.zeros(shape)
+        for record, fmri in _trial_batches(dataset.records("train"), size):
+            # Padded, so that one program serves the last batch too.
+            padded = np.pad(fmri[:, order], ((0, size - len(fmri)), (0, 0)))
+            mean, logvar = (part[: len(fmri)] for part in jax.device_get(encode(params, padded)))
+            variance += np.exp(logvar).sum(0, dtype=np.float64)
+            if wanted:
+                np.add.at(targets, record, mean / counts[record][:, None, None].astype(np.float32))
+        if wanted:
+            targets.flush()
+            unfinished.replace(targets_file)
+        write_npz(std_file, {"latent_std": np.sqrt(variance / counts.sum()).astype(np.float32)})
+    targets = np.load(targets_file, mmap_mode="r") if wanted else None
+    return targets, read_npz(std_file)["latent_std"]
+
+
+def _trial_batches(records: Records, size: int) -> Iterator[tuple[Int[np.ndarray, " b"], Float[np.ndarray, "b v"]]]:
+    """All trials in record order, `size` at a time, with the number of each one's record."""
+    place, fmri = np.zeros(0, int), None
+    for i in range(len(records)):
+        place = np.append(place, np.full(len(records[i].fmri), i))
+        fmri = records[i].fmri if fmri is None else np.concatenate([fmri, records[i].fmri])
+        while len(place) >= size:
+            yield place[:size], fmri[:size]
+            place, fmri = place[size:], fmri[size:]
+    if len(place):
+        yield place, fmri
 
 
 def corrected(bundle: Bundle, model: SynBrain, train: Trials, validation: Trials) -> Bundle:
@@ -172,8 +188,8 @@ def fit_correction(
     """Offset per voxel and one gain that take decoded patterns to `offset + gain * pattern`.
 
     A decoder trained on noisy trials predicts differences between stimuli that are too large, and may be biased. The
-    gain is the least-squares slope between predicted and measured differences on validation trials (at least 0); the
-    offset makes the mean prediction equal the mean training trial.
+    gain is the least-squares slope between predicted and measured differences on validation trials (at least 0, where
+    the prediction is the mean pattern); the offset makes the mean prediction equal the mean training trial.
 
     Args:
         train, validation: the decoded pattern of each stimulus of the split, and the split.
@@ -182,15 +198,17 @@ def fit_correction(
     predicted = prediction[trials.stimulus]
     predicted, measured = predicted - predicted.mean(0), trials.fmri - trials.fmri.mean(0)
     power = float(np.vdot(predicted, predicted))
-    gain = max(0.0, float(np.vdot(predicted, measured)) / power) if power > 0 else 1.0
+    # Differences as small as rounding, or none to see, say nothing about the gain.
+    visible = len(prediction) > 1 and power > 1e-10 * float(np.vdot(prediction, prediction))
+    gain = max(0.0, float(np.vdot(predicted, measured)) / power) if visible else 1.0
     prediction, trials = train
     mean_prediction = np.average(prediction, axis=0, weights=np.bincount(trials.stimulus, minlength=len(prediction)))
     return (trials.fmri.mean(0) - gain * mean_prediction).astype(np.float32), gain
 
 
 def _stage1_validation(loss: LossFunction, validation: Trials, order: Int[np.ndarray, " v"], batch_size: int):
-    """The loss without sampling on the validation trials. Batches interleave the stimuli, because the contrast is among
-    a batch; the last incomplete one is left out."""
+    """The loss without sampling on the validation trials. All batches are full and hold trials from the whole
+    split, because the contrast is among a batch; a few trials, evenly spread, may be left out."""
     evaluate = jax.jit(lambda params, batch: loss(params, {}, batch, None)[1])
     n = len(validation.fmri)
     size = min(batch_size, n)
@@ -198,8 +216,7 @@ def _stage1_validation(loss: LossFunction, validation: Trials, order: Int[np.nda
 
     def validate(params) -> dict[str, float]:
         totals = []
-        for i in range(batches):
-            rows = np.arange(n)[i::batches][:size]
+        for rows in np.linspace(0, n - 1, batches * size).round().astype(int).reshape(size, batches).T:
             tokens = validation.tokens[validation.stimulus[rows]]
             totals.append(evaluate(params, {"fmri": validation.fmri[rows][:, order], "tokens": tokens}))
         totals = jax.device_get(totals)
@@ -231,10 +248,9 @@ def _stage2_validation(
             padded = np.pad(tokens, ((0, batch_size - len(tokens)), (0, 0), (0, 0)))
             rows.append(np.asarray(predict(params, brain_vae, padded))[: len(tokens)])
         prediction = np.concatenate(rows)
-        centred = prediction - prediction.mean(0), target - target.mean(0)
         return {
             "mse": float(np.mean(metrics.mse(prediction, target))),
-            "pattern_r_centred": float(np.mean(metrics.pattern_pearson(*centred))),
+            "pattern_r_centred": float(np.mean(metrics.pattern_pearson(*map(metrics.centred, (prediction, target))))),
             "voxel_r": float(np.mean(metrics.voxel_pearson(prediction, target))),
         }
 

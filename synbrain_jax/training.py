@@ -20,16 +20,12 @@ from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from synbrain_jax.checkpoint import Checkpoints
 from synbrain_jax.config import Config, OptimizerConfig, Stage1Config, Stage2Config
-from synbrain_jax.errors import InputError
+from synbrain_jax.errors import InputError, NonFiniteLoss
 from synbrain_jax.progress import Progress
 from synbrain_jax.sharding import batch_parts, batch_sharding, replicated, shard_batch, state_sharding
 
 # loss(params, frozen, batch, key) -> (loss, terms to log); key None: no sampling
 LossFunction = Callable[[PyTree, PyTree, dict, PRNGKeyArray | None], tuple[Array, dict[str, Array]]]
-
-
-class NonFiniteLoss(RuntimeError):
-    """Training met a loss that is NaN or infinite; the message says at which step and which terms."""
 
 
 @flax.struct.dataclass
@@ -92,20 +88,21 @@ def init_state(
 
 
 def make_train_step(
-    loss: LossFunction, optimizer: optax.GradientTransformation, ema_decay: float | None, seed: int
-) -> Callable[[TrainState, PyTree, dict], tuple[TrainState, dict[str, Float[Array, ""]]]]:
-    """One update as a pure function `step(state, frozen, batch) -> (state, terms)`; not jitted.
+    loss: LossFunction, optimizer: optax.GradientTransformation, ema_decay: float | None
+) -> Callable[[TrainState, PyTree, dict, PRNGKeyArray], tuple[TrainState, dict[str, Float[Array, ""]]]]:
+    """One update as a pure function `step(state, frozen, batch, key) -> (state, terms)`; not jitted.
 
-    `terms` are the loss's own, with the global gradient norm before clipping. The random key is `fold_in(seed, step)`.
+    `terms` are the loss's own, with the global gradient norm before clipping. `key` is the run's; that of the step is
+    `fold_in(key, step)`.
     """
 
-    def train_step(state, frozen, batch):
-        key = jax.random.fold_in(jax.random.key(seed), state.step)
+    def train_step(state, frozen, batch, key):
+        key = jax.random.fold_in(key, state.step)
         (_, terms), grads = jax.value_and_grad(loss, has_aux=True)(state.params, frozen, batch, key)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         ema = state.ema if ema_decay is None else optax.incremental_update(params, state.ema, 1 - ema_decay)
-        terms = terms | {"grad_norm": optax.global_norm(grads)}
+        terms = terms | {"grad_norm": optax.tree.norm(grads)}
         return TrainState(step=state.step + 1, params=params, opt_state=opt_state, ema=ema), terms
 
     return train_step
@@ -142,8 +139,8 @@ def fit(stage: Stage, config: Config, mesh: Mesh, folder: str | os.PathLike) -> 
     abstract = jax.eval_shape(init, key)
     shardings = state_sharding(abstract, mesh)
     step_function = jax.jit(
-        make_train_step(stage.loss, optimizer, ema_decay, config.seed),
-        in_shardings=(shardings, replicated(mesh), batch_sharding(mesh)),
+        make_train_step(stage.loss, optimizer, ema_decay),
+        in_shardings=(shardings, replicated(mesh), batch_sharding(mesh), replicated(mesh)),
         out_shardings=(shardings, replicated(mesh)),
         donate_argnums=0,
     )
@@ -163,7 +160,8 @@ def fit(stage: Stage, config: Config, mesh: Mesh, folder: str | os.PathLike) -> 
         with Progress(folder, stage.name, start, settings.steps) as progress:
             pending = []
             for step in range(start + 1, settings.steps + 1):
-                state, terms = step_function(state, frozen, shard_batch(next(stage.batches), mesh))
+                batch = shard_batch(next(stage.batches), mesh)
+                state, terms = step_function(state, frozen, batch, key)
                 pending.append(terms)
                 validating = step % settings.eval_every == 0 or step == settings.steps
                 if step % config.log_every == 0 or validating:
@@ -191,8 +189,8 @@ def _averaged(stage: str, step: int, pending: list[dict[str, Array]]) -> dict[st
             listed = ", ".join(f"{name} {float(value):.4g}" for name, value in terms.items())
             raise NonFiniteLoss(
                 f"{stage}: the loss is not finite at step {step - len(values) + 1 + i} ({listed}). Checkpoints from "
-                f"before are kept. Lower {stage}.optimizer.learning_rate, set {stage}.optimizer.clip_norm, or look at "
-                "the scale of the data."
+                "before are kept. Look at the scale of the data (about 1 is expected), or start in a new --workdir "
+                f"with a lower {stage}.optimizer.learning_rate or a {stage}.optimizer.clip_norm."
             )
     return {name: float(np.mean([terms[name] for terms in values])) for name in values[0]}
 

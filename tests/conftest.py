@@ -26,6 +26,10 @@ def pytest_addoption(parser):
     parser.addoption("--update-golden", action="store_true", help="write the texts in tests/golden anew")
 
 
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: "slow" not in item.keywords)  # the longest first, so that no worker ends late
+
+
 @pytest.fixture
 def golden_text(request) -> Callable[[str, str], None]:
     """Compares a text with the one in tests/golden; with --update-golden, writes it there first."""
@@ -54,10 +58,12 @@ def tiny_dataset(tmp_path_factory):
 @pytest.fixture(scope="session")
 def start_training(tmp_path_factory) -> Callable[..., subprocess.Popen]:
     """Starts `train.py` as a user does: a process of its own, one device. What one compiled, later ones find."""
+    here = tmp_path_factory.getbasetemp()
+    compiled = (here.parent if "PYTEST_XDIST_WORKER" in os.environ else here) / "compiled"
     environment = {
         **os.environ,
         "XLA_FLAGS": "",
-        "JAX_COMPILATION_CACHE_DIR": os.fspath(tmp_path_factory.mktemp("compiled")),
+        "JAX_COMPILATION_CACHE_DIR": os.fspath(compiled),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
     }

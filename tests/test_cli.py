@@ -11,7 +11,7 @@ import pytest
 
 from synbrain_jax import load_pretrained
 from synbrain_jax.checkpoint import Bundle, abstract_params, save_bundle
-from synbrain_jax.cli import exit_on_input_error, main
+from synbrain_jax.cli import main, plain_errors
 from synbrain_jax.config import Config
 from synbrain_jax.data.voxels import Voxels
 from synbrain_jax.models.brain_vae import BrainVAEConfig
@@ -62,7 +62,7 @@ def test_synthesize_writes_what_the_system_gives(bundle, tokens, tmp_path, capsy
 
 def error_of(capsys, command, arguments: list[str]) -> str:
     """The single line on stderr of a command that must end with exit code 2."""
-    with pytest.raises(SystemExit) as exit_, exit_on_input_error():
+    with pytest.raises(SystemExit) as exit_, plain_errors():
         command(arguments)
     assert exit_.value.code == 2
     err = capsys.readouterr().err

@@ -135,7 +135,7 @@ def test_what_cannot_be_scored_is_refused(uneven):
 
 
 def test_shifted_tokens_control(uneven):
-    target = evaluation.centred(evaluation.stimulus_targets(uneven))
+    target = metrics.centred(evaluation.stimulus_targets(uneven))
 
     def look_up(tokens):  # a predictor that knows each stimulus by its tokens
         known = [np.flatnonzero((uneven.tokens == one).all(axis=(1, 2)))[0] for one in tokens]

@@ -122,21 +122,15 @@ def test_missing_null_and_nan_scores_are_dashes_and_unknown_rows_come_last():
     assert rows["paper_knob"] == ["0.000", *["-"] * 8]
 
 
-def test_closing_lines_give_the_ratios_controls_seconds_and_machine():
-    changed = content(
-        controls={"shifted_tokens": {"pattern_r_centred": -0.05}, "permuted": 0.02},
-        seconds={"stage 1": 61.25, "total": 90},
-        machine="2 CPU cores",
-    )
+def test_closing_lines_give_the_ratios_controls_and_a_gain_of_nothing():
+    changed = content(controls={"shifted_tokens": -0.05}, gain=0.0)
     changed["scores"]["model"]["pattern_r_centred"] = 0.3
     changed["scores"]["stimulus_mean"]["pattern_r_centred"] = 0.25
     changed["scores"]["noise_ceiling"]["pattern_r_centred"] = 0.5
-    assert report.format_table(changed).splitlines()[-5:] == [
+    assert report.format_table(changed).splitlines()[-3:] == [
         "Ratio of the model's centred pattern r: 1.20 to stimulus_mean, 0.60 to noise_ceiling.",
-        "Control shifted_tokens: pattern_r_centred -0.050",
-        "Control permuted: 0.020",
-        "Seconds: stage 1 61.2, total 90.0",
-        "Machine: 2 CPU cores",
+        "Control shifted_tokens: -0.050",
+        "The gain fitted on validation is 0: the model predicts no difference between stimuli.",
     ]
     del changed["scores"]["stimulus_mean"]
     changed["scores"]["noise_ceiling"]["pattern_r_centred"] = 0.0

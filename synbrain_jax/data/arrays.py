@@ -85,7 +85,7 @@ def prepare_arrays(
     """Writes the user's arrays under `data_dir` unless they are there, and returns the prepared folder.
 
     Trials are split by the field `split`; or by runs; or, where neither is given, by stimulus: a tenth of the stimuli
-    (at least one) to validation, a tenth to test, chosen by `seed`.
+    (at least two) to validation, a tenth to test, chosen by `seed`.
 
     Args:
         source: an .npz file, or a folder with FIELD.npy (which are memory-mapped) and .npz files. Its name stands
@@ -220,8 +220,12 @@ def _split(
     else:
         split = _split_by_stimuli(where, stimulus, options["seed"])
     for name in SPLITS:
-        if not np.any(split == name):
-            raise InputError(f"{where}: split '{name}' is empty; each of train, validation and test needs trials.")
+        shown = len(np.unique(stimulus[split == name]))
+        if shown < 2:
+            raise InputError(
+                f"{where}: split '{name}' has {shown} different stimuli; expected at least 2, or no correlation over "
+                "stimuli is defined. Give a field 'split', or other validation_runs and test_runs."
+            )
     return split
 
 
@@ -245,8 +249,8 @@ def _split_by_runs(where: str, fields: Mapping[str, np.ndarray], held_out: Mappi
 
 def _split_by_stimuli(where: str, stimulus: Int[np.ndarray, "n"], seed: int) -> np.ndarray:
     shown = np.random.default_rng([seed, 0]).permutation(np.unique(stimulus))
-    each = max(1, round(SPLIT_SHARE * len(shown)))
-    if len(shown) < 3:
+    each = max(2, round(SPLIT_SHARE * len(shown)))
+    if len(shown) < 6:
         raise InputError(
             f"{where}: field 'stimulus_id' holds {len(shown)} different stimuli, too few to hold some out for "
             "validation and test. Give a field 'split', or validation_runs and test_runs."
@@ -261,11 +265,19 @@ def _voxels(where: str, fields: Mapping[str, np.ndarray], *, subject: str, norma
     ijk, shape, affine = (fields.get(name) for name in ("voxel_ijk", "volume_shape", "affine"))
     if ijk is not None:
         ijk = np.pad(ijk, ((0, 0), (0, 3 - ijk.shape[1]))).astype(np.int32)
-        if shape is not None and ((ijk < 0) | (ijk >= shape)).any():
+        shape = ijk.max(axis=0) + 1 if shape is None else shape
+        if ((ijk < 0) | (ijk >= shape)).any():
             voxel = int(np.argmax(((ijk < 0) | (ijk >= shape)).any(axis=1)))
             raise InputError(
                 f"{where}: field 'voxel_ijk' puts voxel {voxel} at {ijk[voxel].tolist()}, outside the 'volume_shape' "
                 f"{shape.tolist()}. Positions count from 0."
+            )
+        _, first, count = np.unique(ijk, axis=0, return_index=True, return_counts=True)
+        if (count > 1).any():
+            voxel = int(first[np.argmax(count > 1)])
+            raise InputError(
+                f"{where}: field 'voxel_ijk' puts {count.max()} voxels at {ijk[voxel].tolist()} (voxel {voxel} is the "
+                "first); expected a position of its own for each."
             )
     return Voxels(
         subject=subject,

@@ -77,7 +77,7 @@ def test_records_hold_the_trials_of_each_stimulus(tmp_path, file):
             np.testing.assert_allclose(record.tokens, fields["tokens"][int(record.stimulus_id) - 23], rtol=2**-8)
             seen.append(int(record.stimulus_id))
     assert sorted(seen) == list(range(23, 31))
-    assert [len(dataset.stimulus_ids(split)) for split in SPLITS] == [6, 1, 1]
+    assert [len(dataset.stimulus_ids(split)) for split in SPLITS] == [4, 2, 2]
 
 
 def test_every_way_to_hand_over_the_same_experiment_gives_the_same_records(tmp_path):
@@ -167,7 +167,8 @@ def test_the_noise_ceiling_ratio_is_of_the_normalised_data(tmp_path):
 
 @pytest.mark.parametrize("axes", [2, 3])
 def test_positions_give_the_hilbert_order(tmp_path, axes):
-    ijk = np.random.default_rng(1).integers(0, 8, (V, axes))
+    cells = np.random.default_rng(1).permutation(8**axes)[:V]
+    ijk = np.stack(np.unravel_index(cells, (8,) * axes), axis=1)
     geometry = dict(voxel_ijk=ijk, affine=np.diag([2.0, 2, 2, 1]), volume_shape=np.array([8, 8, 8]))
     voxels = prepared(tmp_path, experiment(**geometry)).voxels
     np.testing.assert_array_equal(voxels.order, hilbert_order(ijk))
@@ -252,7 +253,15 @@ BAD_FIELDS = {
     ),
     "wide run": (dict(run=np.arange(N) + 2**40), "field 'run' holds numbers beyond 32 bits"),
     "split name": (dict(split=np.repeat(["train", "val", "test"], S)), "field 'split' holds 'val'; expected train"),
-    "empty split": (dict(split=np.repeat(["train", "test"], [S, 2 * S])), "split 'validation' is empty"),
+    "one place for two": (dict(voxel_ijk=np.zeros((V, 3), int)), r"'voxel_ijk' puts 6 voxels at \[0, 0, 0\]"),
+    "negative": (dict(voxel_ijk=np.arange(3 * V).reshape(V, 3) - 1), r"'voxel_ijk' puts voxel 0 at \[-1, 0, 1\]"),
+    "a split of one stimulus": (
+        dict(
+            split=np.r_[["test"] * 3, ["validation"] * 6, ["train"] * (N - 9)], stimulus_id=np.repeat(np.arange(S), 3)
+        ),
+        "split 'test' has 1 different stimuli",
+    ),
+    "empty split": (dict(split=np.repeat(["train", "test"], [S, 2 * S])), "split 'validation' has 0 different stimuli"),
     "outside": (
         dict(voxel_ijk=np.tile([1, 2, 9], (V, 1)), volume_shape=np.array([8, 8, 8])),
         r"puts voxel 0 at \[1, 2, 9\], outside the 'volume_shape' \[8, 8, 8\]",
@@ -284,7 +293,7 @@ def test_a_bad_field_is_named_and_nothing_is_left(tmp_path, monkeypatch, file, c
         (dict(test_runs=[2]), "validation_runs: empty; give validation_runs and test_runs, or neither"),
         (dict(test_runs=[2], validation_runs=[9]), "validation_runs: run 9 does not occur in field 'run'"),
         (dict(test_runs=[2], validation_runs=[2]), "run 2: in validation_runs and in test_runs"),
-        (dict(test_runs=[1, 2], validation_runs=[5]), "split 'train' is empty"),
+        (dict(test_runs=[1, 2], validation_runs=[5]), "split 'train' has 0 different stimuli"),
     ],
 )
 def test_a_bad_option_is_named_and_nothing_is_left(tmp_path, options, message):
