@@ -256,9 +256,7 @@ BAD_FIELDS = {
     "one place for two": (dict(voxel_ijk=np.zeros((V, 3), int)), r"'voxel_ijk' puts 6 voxels at \[0, 0, 0\]"),
     "negative": (dict(voxel_ijk=np.arange(3 * V).reshape(V, 3) - 1), r"'voxel_ijk' puts voxel 0 at \[-1, 0, 1\]"),
     "a split of one stimulus": (
-        dict(
-            split=np.r_[["test"] * 3, ["validation"] * 6, ["train"] * (N - 9)], stimulus_id=np.repeat(np.arange(S), 3)
-        ),
+        dict(split=np.array((["test"] + ["validation"] * 2 + ["train"] * 5) * 3)),
         "split 'test' has 1 different stimuli",
     ),
     "empty split": (dict(split=np.repeat(["train", "test"], [S, 2 * S])), "split 'validation' has 0 different stimuli"),
