@@ -129,11 +129,21 @@ def load_bundle(path: str | os.PathLike) -> Bundle:
             f"{path} is not a bundle: {', '.join(missing)} missing. Give the `bundle` folder inside a finished run's "
             "workdir."
         )
-    config = Config.from_json(read_text(path / "config.json"))
+    config = _read_config(path / "config.json")
     voxels = Voxels.load(path / "voxels.npz")
     arrays = read_npz(path / "synthesis.npz")
-    with ocp.StandardCheckpointer() as checkpointer:
-        params = checkpointer.restore(path / "params", abstract_params(config))
+    absent = {"dataset", "latent_std", "offset", "gain"} - arrays.keys()
+    if absent:
+        raise InputError(f"{path / 'synthesis.npz'}: {', '.join(sorted(absent))} missing; export the bundle again")
+    try:
+        with ocp.StandardCheckpointer() as checkpointer:
+            params = checkpointer.restore(path / "params", abstract_params(config))
+    # Orbax and TensorStore raise many kinds, the plain Exception among them.
+    except Exception as error:
+        cause = str(error).splitlines()[0][:300]
+        raise InputError(
+            f"{path / 'params'}: cannot be read as the parameters that config.json describes ({cause})"
+        ) from error
     return Bundle(
         config=config,
         params=params,
@@ -143,6 +153,14 @@ def load_bundle(path: str | os.PathLike) -> Bundle:
         offset=arrays["offset"],
         gain=float(arrays["gain"]),
     )
+
+
+def _read_config(file: epath.Path) -> Config:
+    text = read_text(file)
+    try:
+        return Config.from_json(text)
+    except InputError as error:
+        raise InputError(f"{file}: {error}") from error
 
 
 def abstract_params(config: Config) -> dict:
@@ -163,10 +181,7 @@ def abstract_params(config: Config) -> dict:
 def check_workdir(workdir: str | os.PathLike, config: Config) -> None:
     """Raises InputError if `workdir` holds a run of another configuration."""
     file = epath.Path(workdir) / "config.json"
-    try:
-        differences = Config.from_json(read_text(file)).differences(config) if file.exists() else []
-    except InputError as error:
-        raise InputError(f"{file}: {error}. Choose another --workdir, or delete the folder.") from error
+    differences = _read_config(file).differences(config) if file.exists() else []
     if differences:
         raise InputError(
             f"{os.fspath(workdir)} belongs to another run ({'; '.join(differences)}). Choose another --workdir, "

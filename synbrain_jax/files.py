@@ -2,7 +2,6 @@
 
 import io
 import os
-import zipfile
 
 import numpy as np
 from etils import epath
@@ -51,10 +50,7 @@ def write_npy(path: str | os.PathLike, array: np.ndarray) -> None:
 
 def read_array(path: str | os.PathLike) -> np.ndarray:
     """The array of an .npy; InputError if it is missing, damaged or holds Python objects."""
-    try:
-        array = np.load(io.BytesIO(epath.Path(path).read_bytes()), allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise InputError(f"{os.fspath(path)}: cannot be read as an .npy file ({error})") from error
+    array = _load(path, ".npy")
     if not isinstance(array, np.ndarray):
         raise InputError(f"{os.fspath(path)}: is an .npz file; give it a name that ends in .npz")
     return array
@@ -62,8 +58,16 @@ def read_array(path: str | os.PathLike) -> np.ndarray:
 
 def read_npz(path: str | os.PathLike) -> dict[str, np.ndarray]:
     """All arrays of an .npz; InputError if it is missing, damaged or holds Python objects."""
+    arrays = _load(path, ".npz")
+    if isinstance(arrays, np.ndarray):
+        raise InputError(f"{os.fspath(path)}: is an .npy file; expected an .npz")
+    return arrays
+
+
+def _load(path: str | os.PathLike, kind: str) -> np.ndarray | dict[str, np.ndarray]:
     try:
-        with np.load(io.BytesIO(epath.Path(path).read_bytes()), allow_pickle=False) as file:
-            return {name: file[name] for name in file.files}
-    except (OSError, ValueError, EOFError, AttributeError, zipfile.BadZipFile) as error:
-        raise InputError(f"{os.fspath(path)}: cannot be read as an .npz file ({error})") from error
+        content = np.load(io.BytesIO(epath.Path(path).read_bytes()), allow_pickle=False)
+        return content if isinstance(content, np.ndarray) else {name: content[name] for name in content.files}
+    # A damaged file makes NumPy, zipfile, zlib and the tokenizer of array headers raise almost anything.
+    except Exception as error:
+        raise InputError(f"{os.fspath(path)}: cannot be read as an {kind} file ({error})") from error

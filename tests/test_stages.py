@@ -70,8 +70,7 @@ def soft_clip(latent, tokens):
     return np.mean(ways)
 
 
-@pytest.mark.parametrize("scale", ["voxel", "sum"])
-@pytest.mark.parametrize("sampled", [True, False])
+@pytest.mark.parametrize(("scale", "sampled"), [("voxel", True), ("sum", False)])
 def test_the_first_stages_loss_is_the_weighted_sum_of_its_terms(splits, scale, sampled):
     key = jax.random.key(4) if sampled else None
     batch = one_batch(splits)
@@ -143,6 +142,12 @@ def test_both_stages_start_from_their_models_and_read_their_settings(tiny_datase
     np.testing.assert_array_equal(mean["latent"], targets[place])
     means = np.stack([train.fmri[train.stimulus == s].mean(0) for s in place])
     np.testing.assert_allclose(mean["fmri"], means[:, order], atol=1e-6)
+
+    reseeded = dataclasses.replace(CONFIG, seed=1)
+    again = next(stages.stage1(CONFIG, tiny_dataset, splits["validation"]).batches)
+    other = next(stages.stage1(reseeded, tiny_dataset, splits["validation"]).batches)
+    np.testing.assert_array_equal(again["fmri"], trial["fmri"])
+    assert (other["fmri"] != trial["fmri"]).any()
 
     given_order = dataclasses.replace(CONFIG, data=DataConfig(voxel_order="given"))
     trial = next(stages.stage1(given_order, tiny_dataset, splits["validation"]).batches)
@@ -232,7 +237,7 @@ def test_mean_targets_have_the_gradient_of_all_single_trials(tiny_dataset, encod
 # ---- validation ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("size", [18, 64, 8, 5])
+@pytest.mark.parametrize("size", [64, 8, 5])
 def test_the_first_stage_is_validated_on_interleaved_batches(tiny_dataset, splits, size):
     config = dataclasses.replace(CONFIG, stage1=dataclasses.replace(CONFIG.stage1, batch_size=size))
     validation, order = splits["validation"], tiny_dataset.voxels.order

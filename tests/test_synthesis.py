@@ -78,8 +78,7 @@ def largest(difference, of) -> float:
 # ---- what it computes ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("prediction", ["x", "v"])
-@pytest.mark.parametrize("voxel_order", ["hilbert", "given"])
+@pytest.mark.parametrize(("prediction", "voxel_order"), [("x", "hilbert"), ("v", "given")])
 def test_a_prediction_is_the_decoded_latent_put_back_in_order_and_corrected(prediction, voxel_order):
     latent = network(TOKENS) + (TOKENS if prediction == "v" else 0)
     patterns = in_given_order(decode(latent)) if voxel_order == "hilbert" else decode(latent)
@@ -152,7 +151,7 @@ def test_padding_changes_no_bit(model):
     assert model.synthesize(TOKENS[:0], batch_size=8).shape == (0, 1, tiny.VOXELS)
 
 
-@pytest.mark.parametrize("batch_size", [1, 3, 32])
+@pytest.mark.parametrize("batch_size", [1, 32])
 def test_batch_size_changes_nothing_but_rounding(model, batch_size):
     """Another batch size is another program: the same to 1e-6 of the largest value, not bit by bit."""
     settings = dict(k=2, variability="posterior")
