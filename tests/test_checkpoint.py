@@ -290,18 +290,18 @@ def test_an_array_missing_from_a_part_is_named(saved, tmp_path):
         load_bundle(tmp_path / "b")
 
 
-def largest_array_file(params: Path) -> Path:
-    # Those of a single process (in ocdbt.process_0) are merged into these, and not all of them are read again.
-    return max((params / "d").iterdir(), key=lambda path: path.stat().st_size)
+def array_files(params: Path) -> list[Path]:
+    return [path for path in params.rglob("*") if path.is_file() and path.parent.name == "d"]
 
 
 def truncate(params: Path):
-    file = largest_array_file(params)
-    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    for file in array_files(params):
+        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
 
 
 def remove(params: Path):
-    largest_array_file(params).unlink()
+    for file in array_files(params):
+        file.unlink()
 
 
 def empty(params: Path):
