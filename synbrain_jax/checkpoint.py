@@ -140,7 +140,7 @@ def load_bundle(path: str | os.PathLike) -> Bundle:
             params = checkpointer.restore(path / "params", abstract_params(config))
     # Orbax and TensorStore raise many kinds, the plain Exception among them.
     except Exception as error:
-        cause = str(error).splitlines()[0][:300]
+        cause = (str(error).splitlines() or [type(error).__name__])[0][:300]
         raise InputError(
             f"{path / 'params'}: cannot be read as the parameters that config.json describes ({cause})"
         ) from error

@@ -80,7 +80,7 @@ class Stage2Config:
 
     steps: int = 1000
     batch_size: int = 24
-    optimizer: OptimizerConfig = OptimizerConfig(clip_norm=1.0, ema_decay=0.999)
+    optimizer: OptimizerConfig = OptimizerConfig(clip_norm=1.0, ema_decay=0.99)
     target: Literal["stimulus_mean", "trial"] = "stimulus_mean"
     """Latents averaged over the trials of a stimulus and computed once (the same minimiser with less variance), or the
     latent of one trial per example, encoded in the step (as released)."""

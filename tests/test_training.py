@@ -1,8 +1,7 @@
-"""The step and the loop: against AdamW in NumPy, over meshes, killed and resumed; the real stages across meshes."""
+"""The step and the loop: against AdamW in NumPy, over meshes, killed and resumed."""
 
 import dataclasses
 import json
-from functools import cache
 
 import grain
 import jax
@@ -11,12 +10,10 @@ import numpy as np
 import pytest
 import tiny
 
-from synbrain_jax import stages, training
+from synbrain_jax import training
 from synbrain_jax.checkpoint import Checkpoints
 from synbrain_jax.config import Config, OptimizerConfig, Stage1Config, Stage2Config
-from synbrain_jax.data.pairs import load_trials
 from synbrain_jax.errors import InputError, NonFiniteLoss
-from synbrain_jax.models.brain_vae import BrainVAE
 from synbrain_jax.sharding import make_mesh
 from synbrain_jax.training import (
     Stage,
@@ -185,22 +182,11 @@ def toy(values, steps=12, bad_element=None, loss=regression, ema_decay=0.9, **ch
 
 CONFIG = Config(name="toy", seed=11, log_every=1)
 MESH = make_mesh(2, 2, 2)
-MESHES = {"1": (1, 1, 1), "data 8": (8, 1, 1), "data 4 x fsdp 2": (4, 2, 1), "data 4 x tensor 2": (4, 1, 2)}
-
-
-def mesh_of(name):
-    return make_mesh(*MESHES[name], devices=jax.devices()[: np.prod(MESHES[name])])
-
-
 FALLING = [4.0, 3.0, 2.0, 1.0]
 
 
 def assert_same_bits(actual, expected):
     jax.tree.map(np.testing.assert_array_equal, actual, expected)
-
-
-def log_of(folder) -> list[dict]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")
@@ -222,7 +208,7 @@ def test_the_loop_is_the_step_over_the_batches(whole):
         state, terms = step(state, stage.frozen, next(stage.batches), jax.random.key(11))
         expected.append(terms)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), result, state.ema)
-    logged = [line for line in log_of(folder) if "train/loss" in line]
+    logged = [line for line in tiny.log_of(folder) if "train/loss" in line]
     for name in ("loss", "draw", "grad_norm"):
         np.testing.assert_allclose(
             [line[f"train/{name}"] for line in logged], [terms[name] for terms in expected], rtol=1e-5
@@ -232,7 +218,7 @@ def test_the_loop_is_the_step_over_the_batches(whole):
 def test_logged_numbers_are_means_since_the_last_log(whole, tmp_path):
     fit(toy(FALLING), dataclasses.replace(CONFIG, log_every=5), MESH, tmp_path)
     every, coarse = (
-        {line["step"]: line["train/loss"] for line in log_of(folder) if "train/loss" in line}
+        {line["step"]: line["train/loss"] for line in tiny.log_of(folder) if "train/loss" in line}
         for folder in (whole[0], tmp_path)
     )
     assert list(coarse) == [3, 5, 6, 9, 10, 12]
@@ -262,11 +248,11 @@ def test_an_interrupted_stage_ends_with_the_same_bits(whole, tmp_path, after):
     stage = toy(FALLING[after // 3 :])
     assert_same_bits(fit(stage, CONFIG, MESH, tmp_path), whole[1])
     assert len(stage.validate.shown) == 4 - after // 3  # it did go on and not begin again
-    assert log_of(tmp_path) == log_of(whole[0])
+    assert tiny.log_of(tmp_path) == tiny.log_of(whole[0])
 
     finished = toy([])
     assert_same_bits(fit(finished, CONFIG, MESH, tmp_path), whole[1])  # read, not trained
-    assert log_of(tmp_path) == log_of(whole[0])
+    assert tiny.log_of(tmp_path) == tiny.log_of(whole[0])
 
 
 def test_a_stage_goes_on_over_another_mesh(whole, tmp_path):
@@ -295,7 +281,7 @@ def test_the_result_is_what_was_validated_best(tmp_path, values, mode, best, ema
 def test_the_last_step_is_validated_too(tmp_path):
     stage = toy([2.0, 1.0, 3.0], steps=7)
     fit(stage, CONFIG, MESH, tmp_path)
-    assert [line["step"] for line in log_of(tmp_path) if "val/mse" in line] == [3, 6, 7]
+    assert [line["step"] for line in tiny.log_of(tmp_path) if "val/mse" in line] == [3, 6, 7]
 
 
 @pytest.mark.parametrize(("step", "log_every"), [(1, 1), (1, 4), (5, 4), (8, 4), (8, 20)])
@@ -347,9 +333,9 @@ def test_the_first_parameters_depend_on_the_seed_and_not_on_the_mesh(tmp_path):
 
     expected = jax.random.normal(jax.random.key(11), (8, 4))
     found = []
-    for name in ("1", "data 8", "data 4 x fsdp 2", "data 4 x tensor 2"):
+    for name in tiny.MESHES:
         stage = dataclasses.replace(toy([1.0], steps=1, ema_decay=None, loss=loss), init=init)
-        found.append(fit(stage, CONFIG, mesh_of(name), tmp_path / name)["final"]["kernel"])
+        found.append(fit(stage, CONFIG, tiny.mesh_of(name), tmp_path / name)["final"]["kernel"])
         np.testing.assert_array_equal(found[0], found[-1])
     np.testing.assert_allclose(found[0], expected, rtol=1e-6)
 
@@ -368,124 +354,3 @@ def test_a_batch_that_the_mesh_cannot_split_is_named():
         with pytest.raises(InputError, match=rf"^{name}\.batch_size is 6; it must be a multiple of 4"):
             check_batch_sizes(config, MESH)
         check_batch_sizes(config, make_mesh(1, 2, 4))
-
-
-# ---- the real stages, over meshes ----------------------------------------------------------------
-
-
-def relative(actual, expected) -> float:
-    """||actual - expected|| / ||expected|| over all leaves."""
-    pairs = list(zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True))
-    off = sum(np.sum((np.asarray(a, np.float64) - np.asarray(b)) ** 2) for a, b in pairs)
-    return float(np.sqrt(off / sum(np.sum(np.asarray(b, np.float64) ** 2) for _, b in pairs)))
-
-
-REAL = tiny.config(
-    seed=3,
-    stage1=Stage1Config(
-        steps=4,
-        batch_size=8,
-        eval_every=4,
-        average_share=0.5,
-        optimizer=OptimizerConfig(learning_rate=2e-3, weight_decay=0.05),
-    ),
-    stage2=Stage2Config(
-        steps=4,
-        batch_size=8,
-        eval_every=4,
-        optimizer=OptimizerConfig(learning_rate=2e-3, clip_norm=1.0, ema_decay=0.9),
-    ),
-)
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Trained:
-    """What both stages gave on one mesh, on the host."""
-
-    logs: dict[str, list[dict]]
-    brain_vae: dict
-    targets: np.ndarray
-    mapper: dict
-
-
-@pytest.fixture(scope="module")
-def trained(tiny_dataset, tmp_path_factory):
-    """Trains both stages on a mesh, by its name, and each mesh once."""
-    validation = load_trials(tiny_dataset, "validation")
-    initial = tiny.random_params(REAL)  # handed in, because to compile the real initialisation takes longest
-
-    @cache
-    def on(name) -> Trained:
-        folder, mesh = tmp_path_factory.mktemp("mesh"), mesh_of(name)
-        stage = stages.stage1(REAL, tiny_dataset, validation)
-        stage = dataclasses.replace(stage, init=lambda _: jax.tree.map(jnp.array, initial["brain_vae"]))
-        brain_vae = fit(stage, REAL, mesh, folder / "stage1")
-        targets, _ = stages.encode_stimuli(REAL, tiny_dataset, brain_vae, folder / "stage2")
-        stage = stages.stage2(REAL, tiny_dataset, validation, brain_vae, targets)
-        stage = dataclasses.replace(stage, init=lambda _: jax.tree.map(jnp.array, initial["mapper"]))
-        mapper = fit(stage, REAL, mesh, folder / "stage2")
-        logs = {name: log_of(folder / name) for name in ("stage1", "stage2")}
-        return Trained(logs, jax.device_get(brain_vae), np.array(targets), jax.device_get(mapper))
-
-    return on
-
-
-@cache
-def outputs(dataset):
-    """All that BrainVAE makes of the validation trials, as a function of the parameters, on one device."""
-    fmri = jnp.asarray(load_trials(dataset, "validation").fmri)
-    return jax.jit(lambda params: BrainVAE(REAL.brain_vae).apply({"params": params}, fmri))
-
-
-def split_by_effect(params: dict, outputs) -> tuple[dict, dict]:
-    """The parameters (by name) on which the outputs depend, and those on which they do not.
-
-    A bias before a normalisation over positions, or of attention keys, changes nothing. Its gradient is rounding noise,
-    and AdamW takes a full step in the direction of the noise.
-    """
-    with_effect, without = {}, {}
-    before = outputs(params)
-    leaves = jax.tree_util.tree_leaves_with_path(params)
-    for place, (path, leaf) in enumerate(leaves):
-        moved = leaf + 0.3 * np.cos(np.arange(leaf.size, dtype=np.float32)).reshape(leaf.shape)
-        changed = [moved if i == place else other for i, (_, other) in enumerate(leaves)]
-        after = outputs(jax.tree.unflatten(jax.tree.structure(params), changed))
-        (with_effect if relative(after, before) > 1e-5 else without)[jax.tree_util.keystr(path)] = leaf
-    return with_effect, without
-
-
-OTHERS = ["data 8", "data 4 x tensor 2", pytest.param("data 4 x fsdp 2", marks=pytest.mark.slow)]
-
-
-@pytest.mark.parametrize("name", OTHERS)
-def test_training_losses_do_not_depend_on_the_mesh(trained, name):
-    for stage in ("stage1", "stage2"):
-        pairs = zip(trained(name).logs[stage], trained("1").logs[stage], strict=True)
-        training = [pair for pair in pairs if "train/loss" in pair[0]]
-        assert len(training) == 4
-        for found, expected in training:
-            assert found == pytest.approx(expected, rel=1e-5)
-
-
-@pytest.mark.parametrize("name", OTHERS)
-def test_validation_does_not_depend_on_the_mesh(trained, name):
-    for stage in ("stage1", "stage2"):
-        found, expected = (run.logs[stage][-1] for run in (trained(name), trained("1")))
-        assert "val/mse" in found
-        assert found == pytest.approx(expected, rel=1e-5, abs=1e-5)  # correlations are near 0
-
-
-@pytest.mark.parametrize("name", OTHERS)
-def test_what_is_learnt_does_not_depend_on_the_mesh(trained, tiny_dataset, name):
-    """Relative to its norm: the latents, the mapper, and BrainVAE's parameters but for those that have no effect."""
-    found, expected = trained(name), trained("1")
-    assert relative(found.targets, expected.targets) < 1e-5
-    assert relative(found.mapper, expected.mapper) < 1e-5
-    synthesis = outputs(tiny_dataset)
-    assert relative(synthesis(found.brain_vae), synthesis(expected.brain_vae)) < 1e-5
-    with_effect, without = split_by_effect(expected.brain_vae, synthesis)
-    by_name = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(found.brain_vae)}
-    assert relative({name: by_name[name] for name in with_effect}, with_effect) < 1e-5
-    assert all(name.endswith("['bias']") for name in without)
-    # These have moved by at most the sum of learning rates, up on one mesh and down on the other.
-    assert all(np.abs(by_name[name] - leaf).max() < 2 * 4 * 2e-3 for name, leaf in without.items())

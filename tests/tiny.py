@@ -1,16 +1,20 @@
 """The smallest models, configuration and data set that still have every part."""
 
+import json
 from pathlib import Path
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from synbrain_jax.checkpoint import abstract_params
 from synbrain_jax.config import Config, OptimizerConfig, Stage1Config, Stage2Config
 from synbrain_jax.models.brain_vae import BrainVAEConfig
 from synbrain_jax.models.semantic_to_neural import MapperConfig
+from synbrain_jax.sharding import make_mesh
 
 TOKENS, WIDTH, VOXELS = 4, 8, 40
+MESHES = {"1": (1, 1, 1), "data 8": (8, 1, 1), "data 4 x fsdp 2": (4, 2, 1), "data 4 x tensor 2": (4, 1, 2)}
 TRAIN_TRIALS = (3, 4, 5, 3, 4, 5, 2, 6, 4)  # of each stimulus
 
 
@@ -63,3 +67,12 @@ def write_experiment(file: Path) -> None:
         split=split,
         voxel_ijk=np.stack(np.unravel_index(rng.permutation(VOXELS), (5, 8)), 1),
     )
+
+
+def mesh_of(name: str) -> Mesh:
+    return make_mesh(*MESHES[name], devices=jax.devices()[: np.prod(MESHES[name])])
+
+
+def log_of(folder: Path) -> list[dict]:
+    """The lines that a stage logged."""
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
