@@ -97,7 +97,7 @@ def split_by_effect(params: dict, outputs) -> tuple[dict, dict]:
     return with_effect, without
 
 
-OTHERS = ["data 8", "data 4 x tensor 2", pytest.param("data 4 x fsdp 2", marks=pytest.mark.slow)]
+OTHERS = ["data 8", "2 x 2 x 2"]
 
 
 @pytest.mark.parametrize("name", OTHERS)

@@ -17,7 +17,7 @@ from synbrain_jax.checkpoint import load_bundle
 
 TINY = shlex.split("""
     --brain-vae.pool-length 32 --brain-vae.channels 4 --brain-vae.channel-mult 1 2 --brain-vae.projector-width 16
-    --mapper.depth 1 --log-every 2 --stage1.steps 60 --stage1.eval-every 4 --stage2.steps 60 --stage2.eval-every 4
+    --mapper.depth 1 --log-every 2 --stage1.steps 32 --stage1.eval-every 4 --stage2.steps 32 --stage2.eval-every 4
 """)
 
 
@@ -59,7 +59,7 @@ def test_a_killed_run_ends_with_the_same_bits(uninterrupted, train, start_traini
     expected_dir, _ = uninterrupted
     workdir = tmp_path / "workdir"
     arguments = ["haxby", "--workdir", os.fspath(workdir), *TINY]
-    for stage, step in (("stage1", 7), ("stage1", 41), ("stage2", 22)):
+    for stage, step in (("stage1", 7), ("stage1", 21), ("stage2", 14)):
         process = start_training(*arguments)
         wait_for_step(process, workdir / stage / "metrics.jsonl", step)
         process.send_signal(signal.SIGKILL)

@@ -14,7 +14,13 @@ from synbrain_jax.models.semantic_to_neural import MapperConfig
 from synbrain_jax.sharding import make_mesh
 
 TOKENS, WIDTH, VOXELS = 4, 8, 40
-MESHES = {"1": (1, 1, 1), "data 8": (8, 1, 1), "data 4 x fsdp 2": (4, 2, 1), "data 4 x tensor 2": (4, 1, 2)}
+MESHES = {
+    "1": (1, 1, 1),
+    "data 8": (8, 1, 1),
+    "2 x 2 x 2": (2, 2, 2),
+    "data 4 x fsdp 2": (4, 2, 1),
+    "data 4 x tensor 2": (4, 1, 2),
+}
 TRAIN_TRIALS = (3, 4, 5, 3, 4, 5, 2, 6, 4)  # of each stimulus
 
 
