@@ -138,6 +138,9 @@ def fit(stage: Stage, config: Config, mesh: Mesh, folder: str | os.PathLike) -> 
     key = jax.random.key(config.seed)
     abstract = jax.eval_shape(init, key)
     shardings = state_sharding(abstract, mesh)
+    target = jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), abstract, shardings
+    )
     step_function = jax.jit(
         make_train_step(stage.loss, optimizer, ema_decay),
         in_shardings=(shardings, replicated(mesh), batch_sharding(mesh), replicated(mesh)),
@@ -149,9 +152,6 @@ def fit(stage: Stage, config: Config, mesh: Mesh, folder: str | os.PathLike) -> 
     with Checkpoints(folder / "checkpoints", config, settings.select_mode) as checkpoints:
         start = checkpoints.latest or 0
         if start:
-            target = jax.tree.map(
-                lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), abstract, shardings
-            )
             state, position = checkpoints.restore(start, target)
             stage.batches.set_state(position)
         else:
@@ -175,9 +175,6 @@ def fit(stage: Stage, config: Config, mesh: Mesh, folder: str | os.PathLike) -> 
 
         step, value = checkpoints.selected()
         progress.write_selected(step, settings.select, value)
-        target = jax.tree.map(
-            lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), abstract, shardings
-        )
         return checkpoints.restore(step, target)[0].result
 
 
