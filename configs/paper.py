@@ -1,8 +1,8 @@
-"""The released SynBrain models and optimisation, on your arrays of one subject (NSD: betas / 2000, CLIP bigG tokens).
+"""The released SynBrain system, bug for bug, on your arrays of one subject (NSD: raw int16 betas, CLIP bigG tokens).
 
-Reproduces: the architecture, losses, batch size, learning rates, weight averaging and one-trial-per-step targets of
-the release (arXiv 2508.10298). It runs for the full 15 epochs of 27,000 trials and selects by validation, where the
-release stops at a training loss, and contrasts 24 samples where the release contrasts 12 on each of 2 GPUs.
+Reproduces: models, losses, optimisation and stop rule of the release (arXiv 2508.10298), for 27,000 trials and more
+than one device or one; docs/released_system.md has the list, and where it differs from what we would do (`default`).
+An epoch is 27,000 / 24 = 1,125 steps; for another number of trials set --stage1.eval-every.
 Command: python train.py paper --data.source subject1.npz --workdir runs/subject1
 Hardware: one 80 GB accelerator. Time and score were not measured with this package.
 """
@@ -14,7 +14,7 @@ from synbrain_jax.models.semantic_to_neural import MapperConfig
 config = Config(
     name="paper",
     seed=1024,
-    data=DataConfig(builder="arrays", voxel_order="given"),
+    data=DataConfig(builder="arrays", normalisation="scale2000", voxel_order="given"),
     brain_vae=BrainVAEConfig.paper(),
     mapper=MapperConfig.paper(),
     stage1=Stage1Config(
@@ -24,14 +24,18 @@ config = Config(
         kl_weight=0.001,
         clip_weight=1000.0,
         loss_scale="sum",
+        contrast_size=12,
         eval_every=1125,
+        stop_below=350.0,
+        select="last",
     ),
     stage2=Stage2Config(
-        steps=50_001,
+        steps=50_000,
         batch_size=24,
         optimizer=OptimizerConfig(learning_rate=1e-4, clip_norm=1.0, ema_decay=0.9999),
         target="trial",
         eval_every=2500,
+        select="last",
     ),
     calibrate=False,
 )

@@ -1,0 +1,1 @@
+"""What the released PyTorch system wrote and printed, read and computed without PyTorch."""
