@@ -5,7 +5,6 @@ import os
 from typing import Literal
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
@@ -16,8 +15,8 @@ from synbrain_jax.config import Config
 from synbrain_jax.data.voxels import Voxels
 from synbrain_jax.errors import InputError
 from synbrain_jax.files import read_npz, read_text, write_npz, write_text
-from synbrain_jax.models.brain_vae import BrainVAE
-from synbrain_jax.models.semantic_to_neural import SemanticToNeural
+from synbrain_jax.models.brain_vae import brain_vae_shapes
+from synbrain_jax.models.semantic_to_neural import mapper_shapes
 
 
 class Checkpoints:
@@ -69,10 +68,12 @@ class Checkpoints:
         restored = self._manager.restore(step, args=args)
         return restored.state, restored.data
 
-    def selected(self) -> tuple[int, float]:
-        """Step and validation value of the best checkpoint; the later one of equals."""
+    def selected(self) -> tuple[int, float] | None:
+        """Step and validation value of the best checkpoint, the later one of equals; None if there is none."""
         self._manager.wait_until_finished()
         metrics = {step: self._manager.metrics(step) for step in self._manager.all_steps()}
+        if not metrics:
+            return None
         step = max(metrics, key=lambda step: (self._goodness(metrics[step]), step))
         return step, metrics[step]["value"]
 
@@ -81,21 +82,21 @@ class Checkpoints:
 class Bundle:
     """Everything that synthesis needs, in memory.
 
-    `latent_std` is the spread of BrainVAE's posterior averaged over the training trials; `offset` and `gain` correct a
-    decoded pattern to `offset + gain * pattern`. Voxels are in the data set's own order.
+    `latent_std` is the spread of BrainVAE's posterior averaged over the training trials, None if unknown; `offset` and
+    `gain` correct a decoded pattern to `offset + gain * pattern`. Voxels are in the data set's own order.
     """
 
     config: Config
     params: dict  # {"brain_vae": ..., "mapper": ...}
     voxels: Voxels
     dataset: str
-    latent_std: Float[np.ndarray, "t d"]
+    latent_std: Float[np.ndarray, "t d"] | None
     offset: Float[np.ndarray, " v"]
     gain: float
 
     @classmethod
     def uncorrected(
-        cls, config: Config, params: dict, voxels: Voxels, dataset: str, latent_std: Float[np.ndarray, "t d"]
+        cls, config: Config, params: dict, voxels: Voxels, dataset: str, latent_std: Float[np.ndarray, "t d"] | None
     ) -> "Bundle":
         """A bundle whose decoded patterns are taken as they are."""
         return cls(config, params, voxels, dataset, latent_std, np.zeros(len(voxels.order), np.float32), 1.0)
@@ -111,7 +112,8 @@ def save_bundle(path: str | os.PathLike, bundle: Bundle) -> None:
     write_text(unfinished / "config.json", bundle.config.to_json())
     bundle.voxels.save(unfinished / "voxels.npz")
     arrays = {"dataset": bundle.dataset, "latent_std": bundle.latent_std, "offset": bundle.offset, "gain": bundle.gain}
-    write_npz(unfinished / "synthesis.npz", {name: np.asarray(value) for name, value in arrays.items()})
+    known = {name: np.asarray(value) for name, value in arrays.items() if value is not None}
+    write_npz(unfinished / "synthesis.npz", known)
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(unfinished / "params", bundle.params)
     if path.exists():
@@ -132,7 +134,7 @@ def load_bundle(path: str | os.PathLike) -> Bundle:
     config = _read_config(path / "config.json")
     voxels = Voxels.load(path / "voxels.npz")
     arrays = read_npz(path / "synthesis.npz")
-    absent = {"dataset", "latent_std", "offset", "gain"} - arrays.keys()
+    absent = {"dataset", "offset", "gain"} - arrays.keys()
     if absent:
         raise InputError(f"{path / 'synthesis.npz'}: {', '.join(sorted(absent))} missing; export the bundle again")
     try:
@@ -149,7 +151,7 @@ def load_bundle(path: str | os.PathLike) -> Bundle:
         params=params,
         voxels=voxels,
         dataset=str(arrays["dataset"]),
-        latent_std=arrays["latent_std"],
+        latent_std=arrays.get("latent_std"),
         offset=arrays["offset"],
         gain=float(arrays["gain"]),
     )
@@ -165,16 +167,8 @@ def _read_config(file: epath.Path) -> Config:
 
 def abstract_params(config: Config) -> dict:
     """Shapes and types of both models' parameters, on the first device, without computing any."""
-    key = jax.random.key(0)
-    tokens = jnp.zeros((1, config.mapper.tokens, config.mapper.width))
     place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    shapes = jax.eval_shape(
-        lambda: {
-            # No parameter depends on the number of voxels.
-            "brain_vae": BrainVAE(config.brain_vae).init(key, jnp.zeros((1, 8)))["params"],
-            "mapper": SemanticToNeural(config.mapper).init(key, tokens)["params"],
-        }
-    )
+    shapes = {"brain_vae": brain_vae_shapes(config.brain_vae), "mapper": mapper_shapes(config.mapper)}
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), shapes)
 
 

@@ -1,21 +1,23 @@
 """Command lines: `synbrain VERB`, and what `train.py` takes."""
 
 import contextlib
+import dataclasses
 import functools
 import importlib.util
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Literal
 
 import jax
+import numpy as np
 import tyro
 from tyro.conf import arg, subcommand
 
 from synbrain_jax.config import Config, nearest
 from synbrain_jax.errors import InputError, NonFiniteLoss
-from synbrain_jax.files import read_array, read_npz, write_npy, write_npz
+from synbrain_jax.files import read_array, read_npz, write_bytes, write_npy, write_npz
 from synbrain_jax.synthesis import Variability, load_pretrained
 
 # ---- synbrain ------------------------------------------------------------------------------------
@@ -23,7 +25,14 @@ from synbrain_jax.synthesis import Variability, load_pretrained
 
 def main(arguments: list[str] | None = None) -> None:
     """The `synbrain` command."""
-    verbs = {"prepare": prepare, "synthesize": synthesize, "evaluate": evaluate, "report": report}
+    verbs = {
+        "prepare": prepare,
+        "encode-images": encode_images,
+        "synthesize": synthesize,
+        "evaluate": evaluate,
+        "report": report,
+        "convert": convert,
+    }
     with plain_errors():
         tyro.extras.subcommand_cli_from_dict(verbs, prog="synbrain", args=arguments)
 
@@ -44,10 +53,11 @@ def _arrays(
     source: Path,
     data_dir: Path,
     name: str = "arrays",
-    normalisation: Literal["none", "run_zscore"] = "none",
+    normalisation: Literal["none", "run_zscore", "scale2000"] = "none",
     validation_runs: tuple[int, ...] = (),
     test_runs: tuple[int, ...] = (),
     permute: Literal["none", "trial"] = "none",
+    tokens: Path | None = None,
 ) -> Callable[[], os.PathLike]:
     """Your own experiment.
 
@@ -55,10 +65,11 @@ def _arrays(
         source: An .npz file, or a folder of .npy files: fmri, tokens, stimulus_id, run, ...
         data_dir: Folder for prepared data sets.
         name: Name of this one.
-        normalisation: "run_zscore" z-scores each voxel within each run.
+        normalisation: "run_zscore" z-scores each voxel within each run; "scale2000" divides by 2000.
         validation_runs: Runs held out for validation.
         test_runs: Runs held out for the test.
         permute: "trial" permutes the stimulus labels of the training trials, as a control.
+        tokens: Folder that `encode-images` wrote, in place of the arrays tokens and tokens_stimulus_id.
     """
     from synbrain_jax.data.arrays import prepare_arrays
 
@@ -71,6 +82,7 @@ def _arrays(
         validation_runs=validation_runs,
         test_runs=test_runs,
         permute=permute,
+        tokens=tokens,
     )
 
 
@@ -85,26 +97,94 @@ def prepare(data: Annotated[_Prepare, arg(name="")]) -> None:
     print(data())
 
 
+@dataclasses.dataclass(frozen=True)
+class _PictureOptions:
+    """How pictures become tokens."""
+
+    preprocessing: Literal["released", "hugging_face"] = "released"
+    """The release's, which squeezes a picture into a square; or Hugging Face's, which cuts the middle out."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Numbers that the tower computes with: bfloat16 is for GPUs and TPUs, and keeps 3 digits."""
+    background: tuple[int, int, int] = (255, 255, 255)
+    """Red, green, blue behind transparent pictures."""
+    heads: int | None = None
+    """The tower's attention heads, for an open_clip checkpoint of unusual width."""
+    activation: Literal["gelu", "quick_gelu"] | None = None
+    """Of the tower, for an open_clip checkpoint; OpenAI's need quick_gelu."""
+
+    def open(self, images: Path, clip: str):
+        """The pictures, and the encoder with its weights."""
+        from synbrain_jax.data.pictures import open_pictures
+        from synbrain_jax.encoding import load_encoder
+
+        pictures = open_pictures(images, self.background)
+        tower = {name: getattr(self, name) for name in ("preprocessing", "dtype", "heads", "activation")}
+        return pictures, load_encoder(clip, **tower)
+
+
+def encode_images(
+    images: Path,
+    clip: str,
+    out: Path,
+    batch_size: int = 32,
+    options: Annotated[_PictureOptions, arg(name="")] = _PictureOptions(),
+) -> None:
+    """Turn pictures into CLIP tokens; given again after a stop, it goes on.
+
+    The folder can be given to `prepare arrays` and to `synthesize` as --tokens, and TFDS reads it. Pictures that cannot
+    be read are listed in unreadable.txt there, and the rest is encoded.
+
+    Args:
+        images: Folder of pictures, .txt list of files, .hdf5 file with imgBrick, or TFDS folder.
+        clip: CLIP weights: an open_clip checkpoint, a Hugging Face folder, or ORG/NAME in Hugging Face's hub.
+        out: Folder for the tokens.
+        batch_size: Pictures per call of the compiled function.
+    """
+    from synbrain_jax import encoding
+
+    pictures, encoder = options.open(images, clip)
+    result = encoding.encode_images(pictures, encoder, out, batch_size=batch_size)
+    print(f"{out}: {result.encoded} pictures x {encoder.token_shape[0]} tokens x {encoder.token_shape[1]}")
+    _report_unreadable(result.unreadable, len(pictures), f" All are listed in {out / encoding.UNREADABLE_FILE}.")
+
+
+def _report_unreadable(unreadable: Mapping[str, str], count: int, more: str = "") -> None:
+    """Warns of pictures that were left out; ends the program if there was no other."""
+    if not unreadable:
+        return
+    listed = "".join(f"\n  {why}" for why in list(unreadable.values())[:10])
+    rest = f"\n  and {len(unreadable) - 10} more" if len(unreadable) > 10 else ""
+    kind = "error" if len(unreadable) == count else "warning"
+    print(f"{kind}: {len(unreadable)} of {count} pictures could not be read.{more}{listed}{rest}", file=sys.stderr)
+    if kind == "error":
+        raise SystemExit(1)
+
+
 def synthesize(
     model: Path,
-    tokens: Path,
     out: Path,
+    tokens: Path | None = None,
+    images: Path | None = None,
+    clip: str | None = None,
     k: int = 1,
     variability: Variability = "none",
     noise_factor: float = 1.0,
     seed: int = 0,
     batch_size: int = 32,
+    options: Annotated[_PictureOptions, arg(name="")] = _PictureOptions(),
 ) -> None:
-    """Synthesise fMRI from tokens.
+    """Synthesise fMRI, from pictures (--images and --clip) or from their tokens (--tokens).
 
-    Writes `fmri` [rows of tokens, k, voxels] float32. An .npz also gets `stimulus_id` if the tokens had them, and
-    `voxel_ijk` if the voxels' positions are known.
+    Writes `fmri` [stimuli, k, voxels] float32. An .npz also gets `stimulus_id`, the pictures' names or what the tokens
+    had, and `voxel_ijk` if the voxels' positions are known.
 
     Args:
         model: Bundle folder of a trained system.
-        tokens: .npy [stimuli, tokens, width], or .npz with `tokens` and optionally the rows' `tokens_stimulus_id` (or
-            `stimulus_id`).
         out: .npz or .npy file to write.
+        tokens: .npy [stimuli, tokens, width], or .npz with `tokens` and optionally the rows' `tokens_stimulus_id` (or
+            `stimulus_id`), or a folder that `encode-images` wrote.
+        images: Folder of pictures, .txt list of files, .hdf5 file with imgBrick, or TFDS folder.
+        clip: CLIP weights: an open_clip checkpoint, a Hugging Face folder, or ORG/NAME in Hugging Face's hub.
         k: Samples per stimulus.
         variability: What the samples vary by; "none" repeats the expected response.
         noise_factor: Multiplies the latent noise.
@@ -113,30 +193,46 @@ def synthesize(
     """
     if out.suffix not in (".npz", ".npy"):
         raise InputError(f"--out {out}: expected a name that ends in .npz or .npy")
-    given = read_npz(tokens) if tokens.suffix == ".npz" else {"tokens": read_array(tokens)}
-    if "tokens" not in given:
-        raise InputError(f"{tokens}: no array 'tokens'; it holds {', '.join(given) or 'nothing'}")
-    names = given.get("tokens_stimulus_id", given.get("stimulus_id"))
-    if names is not None and names.shape != given["tokens"].shape[:1]:
-        raise InputError(
-            f"{tokens}: {len(given['tokens'])} rows of tokens but {names.size} stimulus ids; expected equal"
-        )
-    system = load_pretrained(model)
-    fmri = system.synthesize(
-        given["tokens"],
-        jax.random.key(seed),
-        k=k,
-        variability=variability,
-        noise_factor=noise_factor,
-        batch_size=batch_size,
-    )
+    if (tokens is None) == (images is None) or (images is None) != (clip is None):
+        raise InputError("expected either --tokens, or --images and --clip")
+    draw = dict(k=k, variability=variability, noise_factor=noise_factor, batch_size=batch_size)
+    key = jax.random.key(seed)
+    if images is None:
+        names, given = _read_tokens(tokens)
+        system = load_pretrained(model)
+        fmri = system.synthesize(given, key, **draw)
+    else:
+        from synbrain_jax.encoding import synthesize_pictures
+
+        pictures, encoder = options.open(images, clip)
+        system = load_pretrained(model, encoder.mesh)
+        result = synthesize_pictures(system, encoder, pictures, key, **draw)
+        _report_unreadable(result.unreadable, len(pictures))
+        names, fmri = np.array(result.stimulus_id), result.fmri
     if out.suffix == ".npy":
         write_npy(out, fmri)
     else:
-        ijk = system.bundle.voxels.ijk
-        known = {"stimulus_id": names, "voxel_ijk": ijk}
+        known = {"stimulus_id": names, "voxel_ijk": system.bundle.voxels.ijk}
         write_npz(out, {"fmri": fmri, **{name: value for name, value in known.items() if value is not None}})
     print(f"{out}: {fmri.shape[0]} stimuli x {fmri.shape[1]} samples x {fmri.shape[2]} voxels")
+
+
+def _read_tokens(source: Path) -> tuple[np.ndarray | None, np.ndarray]:
+    """Names of the stimuli, if known, and tokens."""
+    if source.is_dir():
+        from synbrain_jax.data.tokens import open_tokens
+
+        stored = open_tokens(source)
+        return np.array(stored.stimulus_id), stored.tokens[:]
+    given = read_npz(source) if source.suffix == ".npz" else {"tokens": read_array(source)}
+    if "tokens" not in given:
+        raise InputError(f"{source}: no array 'tokens'; it holds {', '.join(given) or 'nothing'}")
+    names = given.get("tokens_stimulus_id", given.get("stimulus_id"))
+    if names is not None and names.shape != given["tokens"].shape[:1]:
+        raise InputError(
+            f"{source}: {len(given['tokens'])} rows of tokens but {names.size} stimulus ids; expected equal"
+        )
+    return names, given["tokens"]
 
 
 def evaluate(model: Path, data: Path, out: Path, split: str = "test", shift_tokens: int = 0) -> None:
@@ -167,6 +263,74 @@ def report(workdir: tyro.conf.Positional[Path]) -> None:
     from synbrain_jax.report import write_report
 
     print(write_report(workdir))
+
+
+def _from_torch(
+    brain_vae: Path,
+    mapper: Path,
+    out: Path,
+    weights: Literal["ema", "raw"] = "ema",
+    heads: int | None = None,
+    voxels: int | None = None,
+    data: Path | None = None,
+) -> Callable[[], str]:
+    """The PyTorch release's checkpoints to a bundle.
+
+    Args:
+        brain_vae: Stage 1, last.pth (or a .safetensors file).
+        mapper: Stage 2, last.pt (or a .safetensors file).
+        out: Bundle folder to write.
+        weights: "ema" takes the moving average of the mapper's weights, as the release does; "raw" the weights.
+        heads: Attention heads of the mapper, if the checkpoint does not say.
+        voxels: Number of voxels of the brain, if the checkpoint does not say or says it wrong.
+        data: Prepared data set of that brain, instead of `voxels`: the bundle then knows where its voxels are.
+    """
+    from synbrain_jax.checkpoint import save_bundle
+    from synbrain_jax.interop.torch_weights import bundle_from_released
+
+    def run() -> str:
+        options = {"averaged": weights == "ema", "heads": heads, "voxels": voxels}
+        if data is not None:
+            from synbrain_jax.data.pairs import open_dataset
+
+            dataset = open_dataset(data)
+            options |= {"voxels": dataset.voxels, "dataset": dataset.name}
+        bundle = bundle_from_released(brain_vae, mapper, **options)
+        save_bundle(out, bundle)
+        return f"{out}: a bundle for {len(bundle.offset)} voxels; use it as --model {out}"
+
+    return run
+
+
+def _to_torch(model: Path, out: Path) -> Callable[[], str]:
+    """A bundle to PyTorch state dicts, as brain_vae.safetensors and mapper.safetensors.
+
+    Args:
+        model: Bundle folder of a trained system.
+        out: Folder for the two files.
+    """
+    import safetensors.numpy
+
+    from synbrain_jax.checkpoint import load_bundle
+    from synbrain_jax.interop.torch_weights import released_from_bundle
+
+    def run() -> str:
+        for name, state_dict in released_from_bundle(load_bundle(model)).items():
+            write_bytes(out / f"{name}.safetensors", safetensors.numpy.save(state_dict))
+        return f"{out}: brain_vae.safetensors, mapper.safetensors"
+
+    return run
+
+
+_Convert = (
+    Annotated[Callable, subcommand("from-torch", constructor=_from_torch)]
+    | Annotated[Callable, subcommand("to-torch", constructor=_to_torch)]
+)
+
+
+def convert(direction: Annotated[_Convert, arg(name="")]) -> None:
+    """Exchange weights with the PyTorch release. PyTorch is not needed."""
+    print(direction())
 
 
 # ---- train.py ------------------------------------------------------------------------------------

@@ -21,8 +21,11 @@ class DataConfig:
     """The packaged experiment, your own arrays, or a data set that is already prepared."""
     source: str | None = None
     """arrays: an .npz file, or a folder of .npy files, with fmri, tokens, stimulus_id, run. prepared: its folder."""
-    normalisation: Literal["none", "run_zscore"] = "none"
-    """arrays: leave the values as they are, or z-score each voxel within each run."""
+    tokens: str | None = None
+    """arrays: a folder that `synbrain encode-images` wrote, where `source` has no tokens."""
+    normalisation: Literal["none", "run_zscore", "scale2000"] = "none"
+    """arrays: leave the values as they are, z-score each voxel within each run, or divide by 2000 (as the release does
+    with the Natural Scenes Dataset's int16 betas)."""
     test_runs: tuple[int, ...] = ()
     """arrays: runs held out for the test. Without runs and without a `split` array, a share of the stimuli is."""
     validation_runs: tuple[int, ...] = ()
@@ -62,16 +65,21 @@ class Stage1Config:
     """Multiplies the KL (nats), against the sum of squared errors over voxels."""
     clip_weight: float = 1000 / 15724
     """Multiplies soft-CLIP: against the squared error per voxel, or with "sum" against its sum over voxels."""
+    contrast_size: int | None = None
+    """Samples among which soft-CLIP contrasts, in the batch's order; None: the whole batch."""
     loss_scale: Literal["voxel", "sum"] = "voxel"
     """All terms divided by the number of voxels, so that one setting serves every subject; or their plain sum."""
     average_share: float = 0.0
     """Share of each batch that is the mean of several trials of one stimulus, so that means decode well."""
     eval_every: int = 100
     """Steps between validations; each writes a checkpoint."""
-    select: Literal["val/loss", "val/mse", "val/kl", "val/soft_clip"] = "val/loss"
-    """Validation number that picks the checkpoint."""
-    select_mode: Literal["min", "max"] = "min"
-    """Whether its smallest or its largest value is best."""
+    stop_below: float | None = None
+    """Ends the stage, without a checkpoint of that moment, when the mean training squared error since the last
+    validation is below this: per voxel, or with loss_scale "sum" its sum over voxels. None: run all steps."""
+    select: Literal["val/loss", "val/mse", "val/kl", "val/soft_clip", "last"] = "val/loss"
+    """What picks the checkpoint: the smallest of this validation number, or "last"."""
+    start_from: str | None = None
+    """A `last.pth` of the PyTorch release to go on from, with its weights, optimizer state and step; None: random."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,10 +96,11 @@ class Stage2Config:
     """Adds this times the voxel MSE of the decoded prediction; for stimulus_mean targets."""
     eval_every: int = 100
     """Steps between validations; each writes a checkpoint."""
-    select: Literal["val/mse", "val/pattern_r_centred", "val/voxel_r"] = "val/pattern_r_centred"
-    """Validation number, after decoding, that picks the checkpoint (val/mse favours predictions that are too small)."""
-    select_mode: Literal["min", "max"] = "max"
-    """Whether its smallest or its largest value is best."""
+    select: Literal["val/mse", "val/pattern_r_centred", "val/voxel_r", "last"] = "val/pattern_r_centred"
+    """What picks the checkpoint: the smallest mse or the largest correlation after decoding (mse favours predictions
+    that are too small), or "last"."""
+    start_from: str | None = None
+    """A `last.pt` of the PyTorch release, to go on from with its weights, their average, optimizer state and step."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,6 +148,10 @@ class Config:
             _check(decay is None or 0 <= decay < 1, f"{at}.ema_decay", decay, "0 to below 1, or none")
         for field in ("kl_weight", "clip_weight"):
             _check(getattr(self.stage1, field) >= 0, f"stage1.{field}", getattr(self.stage1, field), "at least 0")
+        size, contrast, stop = self.stage1.batch_size, self.stage1.contrast_size, self.stage1.stop_below
+        divides = contrast is None or (contrast >= 1 and size % contrast == 0)
+        _check(divides, "stage1.contrast_size", contrast, f"a divisor of stage1.batch_size, {size}, or none")
+        _check(stop is None or stop > 0, "stage1.stop_below", stop, "above 0, or none")
         _check(0 <= self.stage1.average_share <= 1, "stage1.average_share", self.stage1.average_share, "0 to 1")
         _check(self.stage2.voxel_weight >= 0, "stage2.voxel_weight", self.stage2.voxel_weight, "at least 0")
         _check(0 <= self.seed < 2**31, "seed", self.seed, "0 to 2**31 - 1")

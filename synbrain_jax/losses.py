@@ -33,15 +33,24 @@ def kl_to_standard_normal(mean: Float[Array, "b t d"], logvar: Float[Array, "b t
 
 
 def soft_clip(
-    latents: Float[Array, "b t d"], tokens: Float[Array, "b t d"], temperature: float = SOFT_CLIP_TEMPERATURE
+    latents: Float[Array, "b t d"],
+    tokens: Float[Array, "b t d"],
+    temperature: float = SOFT_CLIP_TEMPERATURE,
+    contrast_size: int | None = None,
 ) -> Float[Array, ""]:
     """Contrastive loss whose targets are the similarities among the pictures themselves (SynBrain, section 3.2).
 
     Each sample is flattened and scaled to unit length. The softmax over the pictures' similarities to picture i says
     which latents may resemble it and how much; the cross-entropy to it is taken from latents to tokens and from tokens
-    to latents. The contrast is over all b samples.
+    to latents. The contrast is over all b samples; or, with `contrast_size` n, among each n that follow one another
+    (the mean over these groups; n must divide b), as where devices contrast only their own share of a batch.
     """
     chex.assert_equal_shape([latents, tokens])
+    if contrast_size is not None:
+        if len(latents) % contrast_size:
+            raise ValueError(f"contrast_size is {contrast_size}; it must divide the batch of {len(latents)}")
+        groups = (a.reshape(-1, contrast_size, *a.shape[1:]) for a in (latents, tokens))
+        return jax.vmap(lambda *group: soft_clip(*group, temperature))(*groups).mean()
     latents, tokens = _unit_rows(latents), _unit_rows(tokens)
     target = jax.nn.softmax(tokens @ tokens.T / temperature, axis=-1)
     similarity = latents @ tokens.T / temperature

@@ -89,6 +89,18 @@ def _correlation_with_targets(
     return correlation, jnp.diagonal(correlation)[:, None]
 
 
+def linear_cka(x: Float[AnyArray, "s v"], y: Float[AnyArray, "s w"]) -> Float[Array, ""]:
+    """Linear centred kernel alignment (Kornblith et al. 2019, ICML) of two sets of patterns of the same stimuli.
+
+    The cosine between the two stimulus-by-stimulus matrices of inner products, voxels centred over stimuli: 1 if they
+    agree up to rotation and scale, 0 if they have nothing in common or one of them is constant. Few stimuli of many
+    voxels score high by chance.
+    """
+    centred_x, centred_y = _centred(x, 0), _centred(y, 0)
+    gram_x, gram_y = (jnp.matmul(z, z.T, precision=lax.Precision.HIGHEST) for z in (centred_x, centred_y))
+    return cosine(gram_x.reshape(1, -1), gram_y.reshape(1, -1))[0]
+
+
 def _float32(values: Float[AnyArray, "s v"]) -> Float[Array, "s v"]:
     return jnp.asarray(values, jnp.float32)
 

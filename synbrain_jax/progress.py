@@ -14,6 +14,8 @@ from tqdm import tqdm
 
 from synbrain_jax.files import read_text, write_text
 
+SELECTED_FILE = "selected.json"  # appears when a stage has ended
+
 
 class Progress:
     """The log of one stage from step `start` to `steps`. Use as a context manager.
@@ -68,4 +70,4 @@ class Progress:
     def write_selected(self, step: int, metric: str, value: float) -> None:
         """Notes which checkpoint validation picked."""
         text = json.dumps({"step": step, "metric": metric, "value": value})
-        write_text(self._folder / "selected.json", text + "\n")
+        write_text(self._folder / SELECTED_FILE, text + "\n")

@@ -30,6 +30,12 @@ RULES: tuple[tuple[str, P], ...] = (
     # values where the convolution's kernel is split too and the batch is not.
     (r"post_projector/dense_2/linear/kernel$", P(("fsdp", "tensor"), None)),
     (r"p\w+_projector\w*/dense_\d/linear/kernel$", P("fsdp", "tensor")),
+    # The image tower's blocks are stacked and scanned. Were they split over `fsdp`, XLA would leave the batch whole
+    # and sum all activations over the devices, instead of gathering a block's weights.
+    (r"blocks/attn/qkv/kernel$", P(None, None, None, "tensor")),  # by heads
+    (r"blocks/mlp/fc1/kernel$", P(None, None, "tensor")),
+    (r"blocks/(attn/proj|mlp/fc2)/kernel$", P(None, "tensor")),
+    (r"(patch_embed|projection)/kernel$", P()),
     (r"attn/qkv/kernel$", P("fsdp", "tensor")),
     (r"attn/proj/kernel$", P("tensor", "fsdp")),
     (r"mlp/fc1/kernel$", P("fsdp", "tensor")),
@@ -37,7 +43,7 @@ RULES: tuple[tuple[str, P], ...] = (
     (r"modulation/linear/kernel$", P("fsdp", "tensor")),
     (r"time/dense_\d/kernel$", P("fsdp", "tensor")),
     (r"final/kernel$", P("fsdp", "tensor")),
-    (r"(scale|bias)$", P()),
+    (r"(scale|bias|pos_embed|class_embedding)$", P()),
 )
 
 

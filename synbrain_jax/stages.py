@@ -7,8 +7,9 @@ Shape letters: b batch, s stimuli, v voxels, t tokens, d token width.
 """
 
 import dataclasses
+import functools
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -21,23 +22,23 @@ from synbrain_jax.checkpoint import Bundle
 from synbrain_jax.config import Config, Stage1Config, Stage2Config
 from synbrain_jax.data.pairs import Dataset, Records, Trials, training_batches
 from synbrain_jax.files import read_npz, write_npz
+from synbrain_jax.interop.torch_weights import training_state
 from synbrain_jax.models.brain_vae import BrainVAE
 from synbrain_jax.models.semantic_to_neural import SemanticToNeural
 from synbrain_jax.synthesis import SynBrain, model_order
-from synbrain_jax.training import LossFunction, Stage
+from synbrain_jax.training import LossFunction, Stage, TrainState
 
 
 def stage1(config: Config, dataset: Dataset, validation: Trials) -> Stage:
     """BrainVAE on the training trials of a data set."""
     model, settings = BrainVAE(config.brain_vae), config.stage1
     order = model_order(config.data.voxel_order, dataset.voxels.order)
-    loss = brain_vae_loss(model, settings)
     return Stage(
         name="stage1",
         config=settings,
         # No parameter depends on the number of voxels.
         init=lambda key: model.init(key, jnp.zeros((1, 8)))["params"],
-        loss=loss,
+        loss=brain_vae_loss(model, settings),
         frozen={},
         batches=training_batches(
             dataset,
@@ -49,7 +50,14 @@ def stage1(config: Config, dataset: Dataset, validation: Trials) -> Stage:
             process_index=jax.process_index(),
             process_count=jax.process_count(),
         ),
-        validate=_stage1_validation(loss, validation, order, settings.batch_size),
+        validate=_stage1_validation(
+            brain_vae_loss(model, dataclasses.replace(settings, contrast_size=None)),
+            validation,
+            order,
+            settings.batch_size,
+        ),
+        stop=_stop_rule(settings, dataset.n_voxels),
+        start=_start(settings.start_from),
     )
 
 
@@ -78,7 +86,17 @@ def stage2(
             process_count=jax.process_count(),
         ),
         validate=_stage2_validation(mapper, vae, brain_vae, validation, order, settings.batch_size),
+        start=_start(settings.start_from),
     )
+
+
+def _stop_rule(settings: Stage1Config, n_voxels: int) -> Callable[[dict[str, float]], bool]:
+    scale = n_voxels if settings.loss_scale == "sum" else 1
+    return lambda terms: settings.stop_below is not None and terms["mse"] * scale < settings.stop_below
+
+
+def _start(path: str | None) -> Callable[[TrainState], TrainState] | None:
+    return None if path is None else functools.partial(training_state, path)
 
 
 def brain_vae_loss(model: BrainVAE, settings: Stage1Config) -> LossFunction:
@@ -90,7 +108,7 @@ def brain_vae_loss(model: BrainVAE, settings: Stage1Config) -> LossFunction:
         voxels = batch["fmri"].shape[-1]
         squared_error = losses.squared_error(out.reconstruction, batch["fmri"])
         kl = losses.kl_to_standard_normal(out.posterior.mean, out.posterior.logvar)
-        soft_clip = losses.soft_clip(out.latent, batch["tokens"])
+        soft_clip = losses.soft_clip(out.latent, batch["tokens"], contrast_size=settings.contrast_size)
         total = squared_error + settings.kl_weight * kl
         if settings.loss_scale == "voxel":
             total = total / voxels

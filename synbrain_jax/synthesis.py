@@ -49,11 +49,12 @@ class SynBrain:
         variability: Variability = "none",
         noise_factor: float = 1.0,
         batch_size: int = 32,
+        first: int = 0,
     ) -> Float[np.ndarray, "s k v"]:
         """Synthetic responses, float32, in the units and voxel order of the data set the system was trained on.
 
         Args:
-            tokens: one set of tokens per stimulus, as in training.
+            tokens: one set of tokens per stimulus, as in training. Those on the devices are not copied to the host.
             key: needed unless `variability` is "none". Sample j of stimulus i depends on the key, i and j only: not on
                 k, nor on how stimuli are batched.
             k: samples per stimulus.
@@ -63,20 +64,29 @@ class SynBrain:
             noise_factor: multiplies the latent noise.
             batch_size: stimuli per call of the compiled function, rounded up to a multiple of the devices. Every batch
                 is padded to it, so that one program serves any number of stimuli.
+            first: number of the first stimulus, for those who hand over many stimuli in parts.
 
         Raises:
-            InputError: tokens of another shape than the model's, or values that are not finite; no key.
+            InputError: tokens of another shape than the model's, or values that are not finite; no key; "posterior" for
+                a bundle without that spread.
         """
-        tokens = np.asarray(tokens, np.float32)
+        on_device = isinstance(tokens, jax.Array)
+        xp = jnp if on_device else np
+        tokens = tokens.astype(np.float32) if on_device else np.asarray(tokens, np.float32)
         if tokens.ndim != 3 or tokens.shape[1:] != self.token_shape:
             expected = f"[stimuli, {self.token_shape[0]}, {self.token_shape[1]}]"
             raise InputError(f"tokens have shape {list(tokens.shape)}; this model expects {expected}")
-        if not np.isfinite(tokens).all():
-            raise InputError(f"tokens hold {np.count_nonzero(~np.isfinite(tokens))} values that are NaN or infinite")
+        if bad := int(xp.count_nonzero(~xp.isfinite(tokens))):
+            raise InputError(f"tokens hold {bad} values that are NaN or infinite")
         if variability not in ("none", "posterior", "latent_noise"):
             raise InputError(f"variability is {variability!r}; expected 'none', 'posterior' or 'latent_noise'")
         if variability != "none" and key is None:
             raise InputError(f"variability {variability!r} draws random numbers: give a key, e.g. jax.random.key(0)")
+        if variability == "posterior" and self.bundle.latent_std is None:
+            raise InputError(
+                "this bundle does not know the spread of BrainVAE's posterior over its training trials (it was made "
+                "from the release's weights); use 'latent_noise' or 'none'"
+            )
         if k < 1 or batch_size < 1:
             raise InputError(f"k is {k} and batch_size {batch_size}; both must be at least 1")
 
@@ -88,8 +98,8 @@ class SynBrain:
         out = np.empty((len(tokens), k, len(self.bundle.offset)), np.float32)
         for start in range(0, len(tokens), rows):
             part = tokens[start : start + rows]
-            padded = np.pad(part, ((0, rows - len(part)), (0, 0), (0, 0)))
-            index = np.arange(start, start + rows, dtype=np.int32)
+            padded = xp.pad(part, ((0, rows - len(part)), (0, 0), (0, 0)))
+            index = np.arange(first + start, first + start + rows, dtype=np.int32)
             index, padded = jax.device_put((index, padded), batch_sharding(self.mesh))
             voxels = self._decode(self._params, padded, index, key, std, k=k, varied=variability != "none")
             out[start : start + len(part)] = np.asarray(voxels)[: len(part)]

@@ -5,6 +5,7 @@ are the batches: a run that is killed and started again ends with the same bits.
 """
 
 import dataclasses
+import math
 import os
 from collections.abc import Callable
 
@@ -21,8 +22,11 @@ from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 from synbrain_jax.checkpoint import Checkpoints
 from synbrain_jax.config import Config, OptimizerConfig, Stage1Config, Stage2Config
 from synbrain_jax.errors import InputError, NonFiniteLoss
-from synbrain_jax.progress import Progress
+from synbrain_jax.progress import SELECTED_FILE, Progress
 from synbrain_jax.sharding import batch_parts, batch_sharding, replicated, shard_batch, state_sharding
+
+# Validation numbers of which the smallest is best; of all others, the largest.
+MINIMISED = ("val/loss", "val/mse", "val/kl", "val/soft_clip")
 
 # loss(params, frozen, batch, key) -> (loss, terms to log); key None: no sampling
 LossFunction = Callable[[PyTree, PyTree, dict, PRNGKeyArray | None], tuple[Array, dict[str, Array]]]
@@ -55,6 +59,10 @@ class Stage:
     """Parameters that the loss needs and that do not change."""
     batches: DatasetIterator
     validate: Callable[[PyTree], dict[str, float]]
+    stop: Callable[[dict[str, float]], bool] = lambda terms: False
+    """Whether to end before the last step, given the mean training terms since the last validation."""
+    start: Callable[[TrainState], TrainState] | None = None
+    """Makes the first state, from its shapes and shardings, in place of `init`."""
 
 
 def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
@@ -72,10 +80,46 @@ def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
 
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """AdamW with decoupled weight decay on every parameter, after clipping the global gradient norm."""
-    adamw = optax.adamw(learning_rate(config, steps), weight_decay=config.weight_decay)
-    clip = optax.identity() if config.clip_norm is None else optax.clip_by_global_norm(config.clip_norm)
-    return optax.chain(clip, adamw)
+    """AdamW with decoupled weight decay on every parameter that is trained, after clipping the global gradient norm."""
+    return optax.chain(
+        optax.identity() if config.clip_norm is None else clip_by_global_norm(config.clip_norm),
+        scale_by_adam(),
+        optax.add_decayed_weights(config.weight_decay, mask=_trained),
+        optax.scale_by_learning_rate(learning_rate(config, steps)),
+    )
+
+
+def scale_by_adam(b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8) -> optax.GradientTransformation:
+    """Adam (Kingma and Ba 2015) with optax's state, and PyTorch's numbers.
+
+    optax computes 1 - b2^t by a difference of float32, which is wrong by up to 3e-5 in the first steps.
+    """
+    plain = optax.scale_by_adam(b1, b2, eps)
+
+    def update(grads, state, params=None):
+        count = optax.safe_increment(state.count)
+        mu = optax.tree.update_moment(grads, state.mu, b1, 1)
+        nu = optax.tree.update_moment(grads, state.nu, b2, 2)
+        first, second = (-jnp.expm1(count * math.log(decay)) for decay in (b1, b2))
+        updates = jax.tree.map(lambda m, v: m / first / (jnp.sqrt(v / second) + eps), mu, nu)
+        return updates, optax.ScaleByAdamState(count, mu, nu)
+
+    return optax.GradientTransformation(plain.init, update)
+
+
+def _trained(params: PyTree) -> PyTree:
+    """True for all but the mapper's fixed position table, which has no gradient."""
+    return jax.tree.map_with_path(lambda path, _: path[-1] != jax.tree_util.DictKey("pos_embed"), params)
+
+
+def clip_by_global_norm(limit: float) -> optax.GradientTransformation:
+    """Scales all gradients by min(1, limit / (norm + 1e-6)): PyTorch's rule, from which optax's differs by the 1e-6."""
+
+    def update(grads, state, params=None):
+        factor = jnp.minimum(1.0, limit / (optax.tree.norm(grads) + 1e-6))
+        return jax.tree.map(lambda grad: grad * factor.astype(grad.dtype), grads), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
 def init_state(
@@ -126,7 +170,8 @@ def fit(stage: Stage, config: Config, mesh: Mesh, folder: str | os.PathLike) -> 
 
     Raises:
         NonFiniteLoss: the loss became NaN or infinite. Checkpoints from before are kept.
-        InputError: a parameter cannot be split over the mesh, or `select` names no validation number.
+        InputError: a parameter cannot be split over the mesh, `select` names no validation number, or the stage ended
+            before its first checkpoint.
     """
     folder, settings = epath.Path(folder), stage.config
     optimizer = make_optimizer(settings.optimizer, settings.steps)
@@ -149,37 +194,51 @@ def fit(stage: Stage, config: Config, mesh: Mesh, folder: str | os.PathLike) -> 
     )
     frozen = jax.device_put(stage.frozen, replicated(mesh))
 
-    with Checkpoints(folder / "checkpoints", config, settings.select_mode) as checkpoints:
-        start = checkpoints.latest or 0
-        if start:
-            state, position = checkpoints.restore(start, target)
+    with Checkpoints(folder / "checkpoints", config, "min" if settings.select in MINIMISED else "max") as checkpoints:
+        if (folder / SELECTED_FILE).exists():  # this stage has ended before
+            return checkpoints.restore(checkpoints.selected()[0], target)[0].result
+        if checkpoints.latest:
+            state, position = checkpoints.restore(checkpoints.latest, target)
             stage.batches.set_state(position)
+        elif stage.start:
+            state = stage.start(target)
         else:
             state = jax.jit(init, out_shardings=shardings)(key)
+        step = start = int(state.step)
 
         with Progress(folder, stage.name, start, settings.steps) as progress:
-            pending = []
+            pending, since_validation = [], []
             for step in range(start + 1, settings.steps + 1):
                 batch = shard_batch(next(stage.batches), mesh)
                 state, terms = step_function(state, frozen, batch, key)
                 pending.append(terms)
                 validating = step % settings.eval_every == 0 or step == settings.steps
                 if step % config.log_every == 0 or validating:
-                    progress.log(step, "train", _averaged(stage.name, step, pending))
+                    values = _finite(stage.name, step, pending)
+                    progress.log(step, "train", _means(values))
+                    since_validation += values
                     pending = []
                 if validating:
                     numbers = stage.validate(state.result)
                     progress.log(step, "val", numbers)
-                    checkpoints.save(step, state, stage.batches.get_state(), _selection_value(numbers, stage))
+                    if stage.stop(_means(since_validation)):
+                        break
+                    checkpoints.save(step, state, stage.batches.get_state(), _selection_value(numbers, stage, step))
+                    since_validation = []
                 progress.advance(step)
 
-        step, value = checkpoints.selected()
-        progress.write_selected(step, settings.select, value)
-        return checkpoints.restore(step, target)[0].result
+        chosen = checkpoints.selected()
+        if chosen is None:
+            raise InputError(
+                f"{stage.name}: there is no checkpoint to take: it began at step {start} and ended at step {step} of "
+                f"{settings.steps}. Lower {stage.name}.stop_below or eval_every, or raise steps, in a new --workdir."
+            )
+        progress.write_selected(chosen[0], settings.select, chosen[1])
+        return checkpoints.restore(chosen[0], target)[0].result
 
 
-def _averaged(stage: str, step: int, pending: list[dict[str, Array]]) -> dict[str, float]:
-    """Means over the steps since the last log; raises at the first step whose loss is not finite."""
+def _finite(stage: str, step: int, pending: list[dict[str, Array]]) -> list[dict[str, np.ndarray]]:
+    """The terms of the steps up to `step`, on the host; raises at the first step whose loss is not finite."""
     values = jax.device_get(pending)
     for i, terms in enumerate(values):
         if not np.isfinite(terms["loss"]):
@@ -189,10 +248,16 @@ def _averaged(stage: str, step: int, pending: list[dict[str, Array]]) -> dict[st
                 "before are kept. Look at the scale of the data (about 1 is expected), or start in a new --workdir "
                 f"with a lower {stage}.optimizer.learning_rate or a {stage}.optimizer.clip_norm."
             )
+    return values
+
+
+def _means(values: list[dict[str, np.ndarray]]) -> dict[str, float]:
     return {name: float(np.mean([terms[name] for terms in values])) for name in values[0]}
 
 
-def _selection_value(numbers: dict[str, float], stage: Stage) -> float:
+def _selection_value(numbers: dict[str, float], stage: Stage, step: int) -> float:
+    if stage.config.select == "last":
+        return float(step)
     name = stage.config.select.removeprefix("val/")
     if name not in numbers:
         known = ", ".join(f"val/{key}" for key in numbers)

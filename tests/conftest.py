@@ -24,10 +24,38 @@ GOLDEN = Path(__file__).parent / "golden"
 
 def pytest_addoption(parser):
     parser.addoption("--update-golden", action="store_true", help="write the texts in tests/golden anew")
+    parser.addoption("--golden", metavar="DIR", type=Path, help="another folder of the released system's arrays")
+
+
+def pytest_configure(config):
+    import golden_set
+
+    if config.getoption("--golden"):
+        golden_set.folder = config.getoption("--golden").resolve(strict=True)
+
+
+def pytest_terminal_summary(terminalreporter):
+    """The table of all comparisons with the released system's arrays."""
+    from golden_set import format_table
+
+    reports = [r for group in ("passed", "failed") for r in terminalreporter.getreports(group) if r.when == "call"]
+    compared = [value for report in reports for name, value in report.user_properties if name == "golden"]
+    if compared:
+        terminalreporter.section("compared with the released system")
+        for line in format_table(compared):
+            terminalreporter.write_line(line)
 
 
 def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: "slow" not in item.keywords)  # the longest first, so that no worker ends late
+
+
+@pytest.fixture
+def compare(request):
+    """`golden_set.Comparisons` of this test."""
+    from golden_set import Comparisons
+
+    return Comparisons(request.node)
 
 
 @pytest.fixture

@@ -1,60 +1,40 @@
-"""The released system's golden arrays (tests/golden), and its parameter names in terms of ours."""
+"""A set of arrays that the released system produced: tests/golden, or the folder given by `pytest --golden DIR`.
 
+Every comparison with it goes through `Comparisons`, which the table at the end of the test run is made of.
+"""
+
+import dataclasses
+import functools
 import json
-import re
+from collections import defaultdict
 from pathlib import Path
 
+import jax
 import numpy as np
-from flax.traverse_util import unflatten_dict
+import pytest
+from jaxtyping import PyTree
 
 from synbrain_jax.models.brain_vae import BrainVAEConfig
 from synbrain_jax.models.semantic_to_neural import MapperConfig
 
-GOLDEN = Path(__file__).parent / "golden"
-CONFIG = json.loads((GOLDEN / "config.json").read_text())
+# As users compile: conftest.py turns optimisation off to save time, which costs digits too.
+jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 3})
 
-_RENAMED = [
-    (r"^encoder\.down\.(\d+)\.block\.(\d+)", r"encoder.down_\1_block_\2"),
-    (r"^encoder\.down\.(\d+)\.downsample\.conv", r"encoder.down_\1_downsample"),
-    (r"^decoder\.up\.(\d+)\.block\.(\d+)", r"decoder.up_\1_block_\2"),
-    (r"^decoder\.up\.(\d+)\.upsample\.trans_conv", r"decoder.up_\1_upsample"),
-    (r"nin_shortcut", "shortcut"),
-    (r"^(p\w+_projector\w*)\.[036]\.", lambda m: f"{m[1]}.norm_{int(m[0][-2]) // 3}."),
-    (r"^(p\w+_projector\w*)\.[258]\.", lambda m: f"{m[1]}.dense_{int(m[0][-2]) // 3}.linear."),
-    (r"^t_embedder\.mlp\.([02])", lambda m: f"time.dense_{int(m[1]) // 2}"),
-    (r"^blocks\.(\d+)", r"block_\1"),
-    (r"^final_layer\.linear", "final"),
-    (r"^final_layer\.adaLN_modulation\.1", "final_modulation.linear"),
-    (r"adaLN_modulation\.1", "modulation.linear"),
-]
+OWN = Path(__file__).parent / "golden"
+folder = OWN  # conftest.py replaces it before any test module is imported
 
 
 def load(name: str) -> dict[str, np.ndarray]:
-    with np.load(GOLDEN / name) as file:
+    with np.load(folder / name) as file:
         return {key: file[key] for key in file.files}
 
 
-def our_name(key: str) -> tuple[str, ...]:
-    for pattern, replacement in _RENAMED:
-        key = re.sub(pattern, replacement, key)
-    *path, leaf = key.split(".")
-    is_norm = "norm" in path[-1]
-    return (*path, {"weight": "scale" if is_norm else "kernel", "bias": "bias"}[leaf])
+def load_json(name: str) -> dict:
+    return json.loads((folder / name).read_text())
 
 
-def our_array(key: str, array: np.ndarray) -> np.ndarray:
-    if array.ndim == 3:  # [out, in, width], but [in, out, width] in a transposed convolution
-        return array.transpose(2, 0, 1) if "upsample" in key else array.transpose(2, 1, 0)
-    return array.T
-
-
-def to_params(state_dict: dict[str, np.ndarray]) -> dict:
-    flat = {our_name(k): our_array(k, v) for k, v in state_dict.items() if k != "pos_embed"}
-    return unflatten_dict(flat)
-
-
-def brain_vae_config(name: str = "brainvae") -> BrainVAEConfig:
-    sizes = CONFIG[name]
+def brain_vae_config(name: str = "brainvae", **changes) -> BrainVAEConfig:
+    sizes = load_json("config.json")[name]
     net = sizes["ddconfig"]
     return BrainVAEConfig(
         pool_length=net["ada_length"],
@@ -66,11 +46,12 @@ def brain_vae_config(name: str = "brainvae") -> BrainVAEConfig:
         latent_tokens=net["z_channels"],
         latent_dim=sizes["embed_dim"],
         projector_width=sizes["linear_dim"],
+        **changes,
     )
 
 
 def mapper_config(**changes) -> MapperConfig:
-    sizes = CONFIG["sit"]
+    sizes = load_json("config.json")["sit"]
     return MapperConfig(
         tokens=sizes["num_patches"],
         width=sizes["hidden_size"],
@@ -81,6 +62,49 @@ def mapper_config(**changes) -> MapperConfig:
     )
 
 
+def zero_gradients(gradient_set: str) -> set[str]:
+    """BrainVAE's parameters whose exact gradient is zero: a constant added before a softmax over keys, or before a
+    normalisation over positions, changes nothing. In float32 it is noise, which AdamW turns into full steps."""
+    noise = load_json("noise_brainvae.json")[gradient_set]
+    return {key for key, seen in noise.items() if seen["max_abs"] < 1e-9}
+
+
 def relative_error(actual, expected) -> float:
     """Largest difference over largest expected value, the measure in which the golden tolerances are stated."""
     return float(np.abs(np.asarray(actual, np.float64) - expected).max() / np.abs(expected).max())
+
+
+def on_device(params: PyTree) -> PyTree:
+    return jax.tree.map(jax.numpy.asarray, params)
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparisons:
+    """Compares arrays with stored ones and notes, for the table, how much of its tolerance each has used."""
+
+    item: pytest.Item
+
+    def __call__(self, file: str, name: str, actual, expected, tolerance: float = 0.0, *, atol: float = 0.0) -> None:
+        """Asserts max |actual - expected| <= tolerance * max |expected| + atol; NaNs must be in the same places."""
+        actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
+        assert actual.shape == expected.shape, f"{file} {name}: shape {actual.shape}, expected {expected.shape}"
+        np.testing.assert_array_equal(np.isnan(actual), np.isnan(expected), err_msg=f"{file} {name}: NaN")
+        there = ~np.isnan(expected)
+        error = np.abs(actual - expected)[there].max(initial=0.0)
+        limit = tolerance * np.abs(expected)[there].max(initial=0.0) + atol
+        used = error / limit if limit else np.inf if error else 0.0
+        self.item.user_properties.append(("golden", (file, name, float(used))))
+        assert error <= limit, f"{file} {name}: error {error:.3g}, allowed {limit:.3g}"
+
+
+def format_table(comparisons: list[tuple[str, str, float]]) -> list[str]:
+    """One line per file: how many arrays were compared, and the one that came closest to its tolerance."""
+    by_file = defaultdict(dict)
+    for file, name, used in comparisons:
+        by_file[file][name] = max(used, by_file[file].get(name, 0.0))
+    rows = [("file", "arrays compared", "worst error / tolerance", "at")]
+    for file, arrays in sorted(by_file.items()):
+        worst = max(arrays, key=arrays.get)
+        rows.append((file, str(len(arrays)), f"{arrays[worst]:.3f}", worst))
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]

@@ -15,16 +15,35 @@ PACKAGE = ROOT / "synbrain_jax"
 # Rooms from the ground up: a module imports only modules of lower floors, and on one floor nobody imports a neighbour.
 FLOORS = [
     ["errors"],
-    ["files", "sharding", "losses", "metrics", "models.layers"],
-    ["models.brain_vae", "models.semantic_to_neural", "data.voxels"],
+    [
+        "files",
+        "sharding",
+        "losses",
+        "metrics",
+        "models.layers",
+        "interop.torch_file",
+        "interop.released_metrics",
+        "preprocessing",
+    ],
+    ["models.brain_vae", "models.clip_vision", "models.semantic_to_neural", "data.voxels"],
     ["config"],
-    ["data.array_files", "data.pairs", "checkpoint", "figures", "progress"],
+    [
+        "data.array_files",
+        "data.pairs",
+        "data.pictures",
+        "data.tokens",
+        "checkpoint",
+        "figures",
+        "progress",
+        "interop.clip_weights",
+    ],
     ["data.builder", "synthesis", "training", "report", "baselines"],
+    ["interop.torch_weights", "encoding"],
     ["data.arrays", "data.haxby", "stages", "evaluation"],
     ["data"],
     ["cli"],
 ]
-NO_ROOM = {"__init__", "models"}  # they only name what is inside
+NO_ROOM = {"__init__", "interop", "models"}  # they only name what is inside
 
 
 def modules() -> dict[str, Path]:

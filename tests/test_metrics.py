@@ -90,6 +90,35 @@ def test_identification_needs_two_stimuli(function):
         function(np.ones((1, 3), np.float32), np.ones((1, 3), np.float32))
 
 
+def test_linear_cka_is_the_hsic_ratio():
+    """Kornblith et al. 2019, with the centring matrix written out; float64."""
+    rng = np.random.default_rng(3)
+    x = rng.normal(loc=5, size=(12, 30))
+    y = x @ rng.normal(size=(30, 20)) / 10 + rng.normal(size=(12, 20))
+    centring = np.eye(12) - 1 / 12
+
+    def hsic(a, b):
+        return np.trace(a @ a.T @ centring @ b @ b.T @ centring) / 11**2
+
+    expected = hsic(x, y) / np.sqrt(hsic(x, x) * hsic(y, y))
+    assert 0.1 < expected < 0.95
+    np.testing.assert_allclose(metrics.linear_cka(x, y), expected, rtol=1e-5)
+    np.testing.assert_allclose(metrics.linear_cka(x[:, 2:], x), metrics.linear_cka(x, x[:, 2:]), rtol=1e-6)
+    np.testing.assert_allclose(jax.jit(metrics.linear_cka)(x, y), expected, rtol=1e-5)
+
+
+def test_linear_cka_sees_through_rotation_scale_and_offset():
+    rng = np.random.default_rng(4)
+    x, y = rng.normal(size=(2, 12, 30))
+    rotation = scipy.stats.ortho_group.rvs(30, random_state=5)
+    np.testing.assert_allclose(metrics.linear_cka(x, 3 * x @ rotation + 2), 1, rtol=1e-5)
+    np.testing.assert_allclose(metrics.linear_cka(y, 3 * x @ rotation + 2), metrics.linear_cka(x, y), rtol=1e-4)
+    stretched = x * np.linspace(0.1, 3, 30)
+    assert metrics.linear_cka(x, stretched) < 0.99  # but not through a change of some voxels only
+    assert metrics.linear_cka(x, np.full_like(x, 0.1)) == 0
+    assert np.isfinite(jax.grad(lambda z: metrics.linear_cka(z, y))(jnp.full((12, 30), 0.1))).all()
+
+
 def simulated_repeats(true_ncsnr, counts, seed=0):
     """Signal of variance ncsnr^2 plus noise of variance 1: (fmri [r v], stimulus [r], signal [s v])."""
     rng = np.random.default_rng(seed)

@@ -92,6 +92,33 @@ def test_the_first_stages_loss_is_the_weighted_sum_of_its_terms(splits, scale, s
     )
 
 
+def test_the_contrast_may_be_within_parts_of_a_batch_but_not_in_validation(tiny_dataset, splits):
+    batch, settings = one_batch(splits), Stage1Config(batch_size=8, contrast_size=4, clip_weight=1.0)
+    _, terms = jax.jit(brain_vae_loss(VAE, settings))(PARAMS["brain_vae"], {}, batch, None)
+    latent, tokens = np.asarray(autoencode(PARAMS, batch["fmri"], None).latent), np.asarray(batch["tokens"])
+    halves = [soft_clip(latent[half], tokens[half]) for half in (slice(4), slice(4, 8))]
+    assert float(terms["soft_clip"]) == pytest.approx(np.mean(halves), rel=1e-5)
+
+    config = dataclasses.replace(CONFIG, stage1=settings)
+    validated = [
+        stages.stage1(one, tiny_dataset, splits["validation"]).validate(PARAMS["brain_vae"])
+        for one in (config, dataclasses.replace(config, stage1=dataclasses.replace(settings, contrast_size=None)))
+    ]
+    assert validated[0] == validated[1]
+
+
+@pytest.mark.parametrize(("scale", "of_mse"), [("voxel", 1.0), ("sum", float(tiny.VOXELS))])
+def test_the_stop_rule_counts_as_the_loss_does(tiny_dataset, splits, scale, of_mse):
+    def stop(below):
+        settings = dataclasses.replace(CONFIG.stage1, stop_below=below, loss_scale=scale)
+        return stages.stage1(dataclasses.replace(CONFIG, stage1=settings), tiny_dataset, splits["validation"]).stop
+
+    terms = {"mse": 0.5, "loss": 9.0}
+    assert stop(0.5 * of_mse * 1.01)(terms)
+    assert not stop(0.5 * of_mse)(terms)
+    assert not stop(None)(terms)
+
+
 @pytest.mark.parametrize("prediction", ["x", "v"])
 def test_the_second_stages_loss_is_the_error_of_the_predicted_latent_and_pattern(splits, prediction):
     mapper = SemanticToNeural(dataclasses.replace(CONFIG.mapper, prediction=prediction))

@@ -219,6 +219,40 @@ def test_arrays_of_jax_and_old_style_keys_are_welcome(model):
     np.testing.assert_array_equal(found, expected)
 
 
+class NumPyWithoutDeviceArrays:
+    """NumPy whose functions take no array of tokens from a device."""
+
+    def __getattr__(self, name):
+        value = getattr(np, name)
+        if not callable(value) or isinstance(value, type):
+            return value
+
+        def checked(*args, **kwargs):
+            assert not any(isinstance(arg, jax.Array) and arg.shape[1:] == STD.shape for arg in args), f"np.{name}"
+            return value(*args, **kwargs)
+
+        return checked
+
+
+@pytest.mark.parametrize("mesh", [ONE, make_mesh(4, 2, 1)], ids=["one", "eight"])
+def test_tokens_on_devices_stay_there(model, mesh, monkeypatch):
+    """And are taken as the float32 numbers that they stand for."""
+    tokens = jnp.asarray(TOKENS, jnp.bfloat16)
+    expected = model.synthesize(np.asarray(tokens, np.float32), KEY, k=2, variability="posterior", batch_size=4)
+    spread = SynBrain(BUNDLE, mesh)
+    monkeypatch.setattr(synthesis, "np", NumPyWithoutDeviceArrays())
+    found = spread.synthesize(tokens, KEY, k=2, variability="posterior", batch_size=4)
+    assert largest(found - expected, expected) < 2e-6
+
+
+@pytest.mark.parametrize("to_array", [np.asarray, jnp.asarray], ids=["host", "device"])
+def test_stimuli_may_come_in_parts(model, to_array):
+    settings = dict(k=2, variability="posterior", batch_size=8)
+    whole = model.synthesize(TOKENS, KEY, **settings)
+    parts = [model.synthesize(to_array(TOKENS[a:b]), KEY, first=a, **settings) for a, b in ((0, 3), (3, 4), (4, 7))]
+    np.testing.assert_array_equal(np.concatenate(parts), whole)
+
+
 def with_nan():
     tokens = TOKENS.copy()
     tokens[3, 1, :2] = np.nan, np.inf
@@ -231,12 +265,13 @@ def with_nan():
         (TOKENS[:, :3], {}, r"tokens have shape \[7, 3, 8\]; this model expects \[stimuli, 4, 8\]"),
         (TOKENS[..., :7], {}, r"\[7, 4, 7\]"),
         (with_nan(), {}, "2 values that are NaN or infinite"),
+        (jnp.asarray(with_nan()), {}, "2 values that are NaN or infinite"),
         (TOKENS, {"variability": "posterior"}, "give a key"),
         (TOKENS, {"variability": "latent_noise", "key": None}, "give a key"),
         (TOKENS, {"k": 0}, "k is 0"),
         (TOKENS, {"batch_size": 0}, "batch_size 0"),
     ],
-    ids=["tokens", "width", "nan", "no key", "no key either", "k", "batch size"],
+    ids=["tokens", "width", "nan", "nan on device", "no key", "no key either", "k", "batch size"],
 )
 def test_wrong_input_is_named(model, tokens, settings, message):
     with pytest.raises(InputError, match=message):

@@ -33,4 +33,5 @@ def prepare_data(config: DataConfig, folder: str | os.PathLike) -> str | os.Path
         test_runs=config.test_runs,
         validation_runs=config.validation_runs,
         permute=config.permute,
+        tokens=config.tokens,
     )

@@ -29,6 +29,7 @@ from jaxtyping import Int
 
 from synbrain_jax.data.array_files import check_finite, pieces, read_fields
 from synbrain_jax.data.builder import SPLITS, PairsBuilder, Source, prepare, source_of_trials
+from synbrain_jax.data.tokens import StoredTokens, open_tokens
 from synbrain_jax.data.voxels import Voxels, hilbert_order
 from synbrain_jax.errors import InputError
 
@@ -43,6 +44,7 @@ class _Field:
     required: bool = False
 
 
+Fields = Mapping[str, np.ndarray | StoredTokens]
 _NUMBERS, _INTEGERS, _LABELS = "fiu", "iu", "iuU"
 _KIND_NAMES = {_NUMBERS: "numbers", _INTEGERS: "integers", _LABELS: "integers or strings", "U": "strings"}
 _FIELDS = {
@@ -81,6 +83,7 @@ def prepare_arrays(
     test_runs: Sequence[int] = (),
     permute: str = "none",
     seed: int = 0,
+    tokens: str | os.PathLike | None = None,
 ) -> epath.Path:
     """Writes the user's arrays under `data_dir` unless they are there, and returns the prepared folder.
 
@@ -91,10 +94,13 @@ def prepare_arrays(
         source: an .npz file, or a folder with FIELD.npy (which are memory-mapped) and .npz files. Its name stands
             for the subject.
         name: of the data set among those in `data_dir`.
-        normalisation: "none", or "run_zscore" to scale each voxel to mean 0 and variance 1 within each run.
+        normalisation: "none"; "run_zscore" to scale each voxel to mean 0 and variance 1 within each run; "scale2000" to
+            divide by 2000, as the SynBrain release does with int16 betas.
         validation_runs, test_runs: runs that are held out; give both or neither.
         permute: "none", or "trial" to permute the stimulus labels among the training trials (a control).
         seed: of the split and of the permutation.
+        tokens: a folder that `synbrain encode-images` wrote; its tokens and the pictures' names stand in for the fields
+            `tokens` and `tokens_stimulus_id`, which `source` then must not have.
 
     Raises:
         InputError: a field or an option cannot be used, or `name` already stands for other arrays. Nothing is left in
@@ -102,17 +108,21 @@ def prepare_arrays(
     """
     if not re.fullmatch(r"\w[\w.-]*", name, re.ASCII):
         raise InputError(f"name '{name}': expected letters, digits, '_', '-' and '.', as it becomes a folder.")
-    if normalisation not in ("none", "run_zscore"):
-        raise InputError(f"normalisation '{normalisation}': expected 'none' or 'run_zscore'.")
+    if normalisation not in ("none", "run_zscore", "scale2000"):
+        raise InputError(f"normalisation '{normalisation}': expected 'none', 'run_zscore' or 'scale2000'.")
     fields = read_fields(source, known=tuple(_FIELDS))
     where = os.fspath(source)
+    if tokens is not None:
+        fields |= _encoded(where, fields, tokens)
     _check_fields(where, fields)
     fmri = fields["fmri"]
     stimulus_id, stimulus, token_row = _stimuli(where, fields)
-    tokens = fields["tokens"] if fields["tokens"].ndim == 3 else fields["tokens"][:, None, :]
+    token_rows = fields["tokens"] if fields["tokens"].ndim == 3 else fields["tokens"][:, None, :]
     run = fields.get("run", np.zeros(len(fmri))).astype(np.int32)
     if normalisation == "run_zscore":
         fmri = _RunScaled(where, fmri, run)
+    elif normalisation == "scale2000":
+        fmri = _Divided(fmri, 2000.0)
     options = {
         "normalisation": normalisation,
         "validation_runs": [int(r) for r in validation_runs],
@@ -123,7 +133,7 @@ def prepare_arrays(
     given = source_of_trials(
         voxels=_voxels(where, fields, subject=pathlib.Path(source).stem, normalisation=normalisation),
         stimulus_id=stimulus_id,
-        tokens_of=lambda index: tokens[token_row[index]],
+        tokens_of=lambda index: token_rows[token_row[index]],
         fmri=fmri,
         stimulus=stimulus,
         run=run,
@@ -136,7 +146,16 @@ def prepare_arrays(
     return prepare(Arrays(source=given, data_dir=epath.Path(data_dir).expanduser(), config=config))
 
 
-def _check_fields(where: str, fields: Mapping[str, np.ndarray]) -> None:
+def _encoded(where: str, fields: Fields, folder: str | os.PathLike) -> Fields:
+    """The fields that say what was shown, from a folder of tokens."""
+    twice = sorted(fields.keys() & {"tokens", "tokens_stimulus_id"})
+    if twice:
+        raise InputError(f"{where}: has a field '{twice[0]}', so do not give the tokens {os.fspath(folder)} too.")
+    stored = open_tokens(folder)
+    return {"tokens": stored.tokens, "tokens_stimulus_id": np.array(stored.stimulus_id)}
+
+
+def _check_fields(where: str, fields: Fields) -> None:
     """Checks each array by itself, then the lengths that must agree."""
     for name, field in _FIELDS.items():
         if name not in fields:
@@ -166,13 +185,11 @@ def _check_fields(where: str, fields: Mapping[str, np.ndarray]) -> None:
     if "run" in fields and not np.array_equal(fields["run"].astype(np.int32), fields["run"]):
         raise InputError(f"{where}: field 'run' holds numbers beyond 32 bits; number the runs 0, 1, 2, ...")
     for name in ("fmri", "tokens", "affine"):
-        if name in fields:
+        if isinstance(fields.get(name), np.ndarray):  # tokens that were stored were finite
             check_finite(where, name, fields[name])
 
 
-def _stimuli(
-    where: str, fields: Mapping[str, np.ndarray]
-) -> tuple[tuple[str, ...], Int[np.ndarray, "n"], Int[np.ndarray, "s"]]:
+def _stimuli(where: str, fields: Fields) -> tuple[tuple[str, ...], Int[np.ndarray, "n"], Int[np.ndarray, "s"]]:
     """Returns the names of the stimuli, the stimulus of each trial, and the row of `tokens` of each stimulus."""
     tokens, shown = fields["tokens"], fields["stimulus_id"]
     if "tokens_stimulus_id" in fields:
@@ -203,9 +220,7 @@ def _stimuli(
     return tuple(str(name) for name in names), stimulus.astype(np.int32), first
 
 
-def _split(
-    where: str, fields: Mapping[str, np.ndarray], stimulus: Int[np.ndarray, "n"], options: Mapping[str, Any]
-) -> np.ndarray:
+def _split(where: str, fields: Fields, stimulus: Int[np.ndarray, "n"], options: Mapping[str, Any]) -> np.ndarray:
     """Returns "train", "validation" or "test" for each trial; none of the three is empty."""
     held_out = {"validation": options["validation_runs"], "test": options["test_runs"]}
     if "split" in fields:
@@ -229,7 +244,7 @@ def _split(
     return split
 
 
-def _split_by_runs(where: str, fields: Mapping[str, np.ndarray], held_out: Mapping[str, list[int]]) -> np.ndarray:
+def _split_by_runs(where: str, fields: Fields, held_out: Mapping[str, list[int]]) -> np.ndarray:
     if "run" not in fields:
         raise InputError(f"{where}: field 'run' [n] is missing, but validation_runs or test_runs are given.")
     run = fields["run"]
@@ -260,7 +275,7 @@ def _split_by_stimuli(where: str, stimulus: Int[np.ndarray, "n"], seed: int) -> 
     )
 
 
-def _voxels(where: str, fields: Mapping[str, np.ndarray], *, subject: str, normalisation: str) -> Voxels:
+def _voxels(where: str, fields: Fields, *, subject: str, normalisation: str) -> Voxels:
     n_voxels = fields["fmri"].shape[1]
     ijk, shape, affine = (fields.get(name) for name in ("voxel_ijk", "volume_shape", "affine"))
     if ijk is not None:
@@ -290,13 +305,26 @@ def _voxels(where: str, fields: Mapping[str, np.ndarray], *, subject: str, norma
     )
 
 
-def _fingerprint(fields: Mapping[str, np.ndarray], options: Mapping[str, Any]) -> str:
+def _fingerprint(fields: Fields, options: Mapping[str, Any]) -> str:
     digest = hashlib.sha256(json.dumps(options, sort_keys=True).encode())
     for name in sorted(fields):
+        if isinstance(fields[name], StoredTokens):
+            digest.update(fields[name].fingerprint.encode())
+            continue
         digest.update(f"{name} {fields[name].dtype.str} {fields[name].shape}".encode())
         for _, piece in pieces(fields[name]):
             digest.update(piece.tobytes())
     return digest.hexdigest()
+
+
+class _Divided:
+    """fmri [n, v] divided by a number, computed where it is indexed."""
+
+    def __init__(self, fmri: np.ndarray, by: float):
+        self._fmri, self._by = fmri, by
+
+    def __getitem__(self, key: Any) -> np.ndarray:
+        return (self._fmri[key].astype(np.float64) / self._by).astype(np.float32)
 
 
 class _RunScaled:

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from synbrain_jax.errors import InputError
 from synbrain_jax.models.layers import (
@@ -211,3 +211,8 @@ class BrainVAE(nn.Module):
         posterior = self.encode(fmri)
         latent = posterior.mean if key is None else posterior.sample(key)
         return BrainVAEOutput(self.decode(latent, fmri.shape[-1]), posterior, latent)
+
+
+def brain_vae_shapes(config: BrainVAEConfig) -> PyTree:
+    """Shapes and types of the parameters, without computing any; none depends on the number of voxels."""
+    return jax.eval_shape(BrainVAE(config).init, jax.random.key(0), jnp.zeros((1, 8)))["params"]

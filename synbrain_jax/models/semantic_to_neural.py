@@ -4,8 +4,8 @@ SynBrain (arXiv 2508.10298), section 3.3: a diffusion-transformer stack (DiT, Pe
 2024) used without diffusion. Its time input is 0 in training and in synthesis, so all conditioning is one vector; it is
 computed once per batch, and its parameters are kept because the released weights have them.
 
-Differences from the release: the fixed position table is a constant and not a parameter; the conditioning is not
-repeated over the batch. The numbers are the same.
+Differences from the release: the conditioning is not repeated over the batch; the fixed position table is a constant
+unless it is asked for as a parameter. The numbers are the same.
 
 Shape letters: b batch, t tokens, d token width.
 """
@@ -13,10 +13,11 @@ Shape letters: b batch, t tokens, d token width.
 import dataclasses
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from einops import rearrange
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PyTree
 
 from synbrain_jax.errors import InputError
 from synbrain_jax.models.layers import position_embedding, timestep_embedding
@@ -37,6 +38,9 @@ class MapperConfig:
     mlp_ratio: float = 4.0
     prediction: str = "x"
     """What the network's output is: "x", the latent itself, or "v", the latent minus the tokens."""
+    positions: str = "computed"
+    """The fixed position table: "computed", a constant, or "stored", a parameter `pos_embed` that no step changes, as
+    in the release (whose moving average of it drifts by rounding)."""
     dtype: str = "float32"
     """Compute type, "float32" or "bfloat16"; parameters, normalisation and softmax stay float32."""
     remat: bool = False
@@ -50,13 +54,15 @@ class MapperConfig:
             )
         if self.prediction not in ("x", "v"):
             raise InputError(f"mapper.prediction is {self.prediction!r}; expected 'x' or 'v'")
+        if self.positions not in ("computed", "stored"):
+            raise InputError(f"mapper.positions is {self.positions!r}; expected 'computed' or 'stored'")
         if self.dtype not in ("float32", "bfloat16"):
             raise InputError(f"mapper.dtype is {self.dtype!r}; expected 'float32' or 'bfloat16'")
 
     @classmethod
     def paper(cls, **changes) -> "MapperConfig":
-        """The released mapper: 410,430,592 parameters."""
-        return cls(**changes)
+        """The released mapper: 410,430,592 parameters, and the position table's 425,984 numbers."""
+        return cls(**{"positions": "stored", **changes})
 
     @classmethod
     def small(cls, **changes) -> "MapperConfig":
@@ -167,7 +173,10 @@ class SemanticToNeural(nn.Module):
             raise ValueError(f"tokens have shape {tokens.shape}; expected [batch, {cfg.tokens}, {cfg.width}]")
         block = nn.remat(Block) if cfg.remat else Block
         c = TimeEmbedding(cfg.width, dtype, name="time")(jnp.zeros(1) if time is None else time)
-        x = tokens + position_embedding(cfg.tokens, cfg.width)[None]
+        positions = jnp.asarray(position_embedding(cfg.tokens, cfg.width))
+        if cfg.positions == "stored":
+            positions = jax.lax.stop_gradient(self.param("pos_embed", lambda _: positions))
+        x = tokens + positions[None]
         for i in range(cfg.depth):
             x = block(cfg, name=f"block_{i}")(x, c)
         shift, scale = _Modulation(2, cfg.width, dtype, name="final_modulation")(c)
@@ -178,3 +187,9 @@ class SemanticToNeural(nn.Module):
         """The latent of each picture."""
         output = self(tokens)
         return tokens + output if self.config.prediction == "v" else output
+
+
+def mapper_shapes(config: MapperConfig) -> PyTree:
+    """Shapes and types of the parameters, without computing any."""
+    tokens = jnp.zeros((1, config.tokens, config.width))
+    return jax.eval_shape(SemanticToNeural(config).init, jax.random.key(0), tokens)["params"]

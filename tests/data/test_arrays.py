@@ -155,6 +155,17 @@ def test_run_zscore_agrees_with_scipy_and_spares_a_dead_voxel(tmp_path, monkeypa
             np.testing.assert_allclose(record.fmri, expected[record.trial_index % S], atol=1e-4)
 
 
+def test_scale2000_divides_integer_betas(tmp_path):
+    betas = np.random.default_rng(4).integers(-(2**15), 2**15, (N, V), dtype=np.int16)
+    fields = experiment(split=np.repeat(["train", "validation", "test"], S)) | {"fmri": betas}
+    dataset = prepared(tmp_path, fields, normalisation="scale2000")
+    assert dataset.voxels.normalisation == "scale2000"
+    expected = (betas / 2000).astype(np.float32)  # NumPy divides int16 in float64
+    for split in SPLITS:
+        for record in dataset.records(split):
+            np.testing.assert_array_equal(record.fmri, expected[record.trial_index])
+
+
 def test_the_noise_ceiling_ratio_is_of_the_normalised_data(tmp_path):
     fields = experiment()
     plain = prepared(tmp_path, fields, normalisation="run_zscore")
@@ -286,7 +297,7 @@ def test_a_bad_field_is_named_and_nothing_is_left(tmp_path, monkeypatch, file, c
     ("options", "message"),
     [
         (dict(name="a/b"), "name 'a/b': expected letters"),
-        (dict(normalisation="zscore"), "normalisation 'zscore': expected 'none' or 'run_zscore'"),
+        (dict(normalisation="zscore"), "normalisation 'zscore': expected 'none', 'run_zscore' or"),
         (dict(permute="stimulus"), "permute 'stimulus': expected 'none' or 'trial'"),
         (dict(test_runs=[2]), "validation_runs: empty; give validation_runs and test_runs, or neither"),
         (dict(test_runs=[2], validation_runs=[9]), "validation_runs: run 9 does not occur in field 'run'"),

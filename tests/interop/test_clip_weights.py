@@ -147,7 +147,8 @@ def test_numbers_go_to_their_places(params):
         actual = x @ flat[f"blocks/{ours}/kernel"][1] + flat[f"blocks/{ours}/bias"][1]
         np.testing.assert_allclose(actual, expected, rtol=1e-5)
     in_proj = OPEN_CLIP[f"{block}.attn.in_proj_weight"]
-    np.testing.assert_allclose(x @ flat["blocks/attn/qkv/kernel"][1], in_proj @ x, rtol=1e-5)
+    actual = np.einsum("d,dpe->pe", x, flat["blocks/attn/qkv/kernel"][1]) + flat["blocks/attn/qkv/bias"][1]
+    np.testing.assert_allclose(actual.ravel(), in_proj @ x + OPEN_CLIP[f"{block}.attn.in_proj_bias"], rtol=1e-5)
     np.testing.assert_allclose(x @ flat["projection/kernel"], x @ OPEN_CLIP["visual.proj"], rtol=1e-5)
     np.testing.assert_array_equal(flat["patch_embed/kernel"][3, 1, 2, 7], OPEN_CLIP["visual.conv1.weight"][7, 2, 3, 1])
     np.testing.assert_array_equal(flat["blocks/ln_2/scale"][0], OPEN_CLIP["visual.transformer.resblocks.0.ln_2.weight"])
@@ -193,6 +194,7 @@ def test_heads_of_known_widths(tmp_path):
         keys = vision_keys(preset, "open_clip")
         save_file({key: np.zeros(shape, np.float16) for key, shape in keys.items()}, tmp_path / "a.safetensors")
         assert load_clip_vision(tmp_path / "a.safetensors")[0] == preset
+        assert load_clip_vision(tmp_path / "a.safetensors", heads=2)[0].heads == 2
 
 
 @pytest.mark.parametrize("stored", ["float32", "float16", "bfloat16"])
