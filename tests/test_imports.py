@@ -23,6 +23,7 @@ FLOORS = [
         "models.layers",
         "interop.torch_file",
         "interop.released_metrics",
+        "interop.state_dicts",
         "preprocessing",
     ],
     ["models.brain_vae", "models.clip_vision", "models.semantic_to_neural", "data.voxels"],

@@ -15,6 +15,7 @@ from synbrain_jax.checkpoint import abstract_params
 from synbrain_jax.config import Config, OptimizerConfig
 from synbrain_jax.errors import InputError
 from synbrain_jax.models.brain_vae import BrainVAEConfig
+from synbrain_jax.models.clip_vision import CLIPVisionConfig, clip_vision_shapes
 from synbrain_jax.models.semantic_to_neural import MapperConfig
 from synbrain_jax.sharding import (
     RULES,
@@ -99,7 +100,9 @@ def test_four_devices_hold_a_quarter_each():
 
 
 def test_every_rule_is_the_first_match_of_some_parameter():
-    first = {next(pattern for pattern, _ in RULES if re.search(pattern, name)) for name in released_params()}
+    tower = jax.tree_util.tree_leaves_with_path(clip_vision_shapes(CLIPVisionConfig.bigG_14()))
+    names = [*released_params(), *(jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in tower)]
+    first = {next(pattern for pattern, _ in RULES if re.search(pattern, name)) for name in names}
     assert first == {pattern for pattern, _ in RULES}
 
 

@@ -13,7 +13,6 @@ import contextlib
 import dataclasses
 import os
 import re
-from collections import Counter
 from collections.abc import Iterator, Mapping
 
 import jax
@@ -29,6 +28,7 @@ from synbrain_jax.checkpoint import Bundle
 from synbrain_jax.config import Config, DataConfig
 from synbrain_jax.data.voxels import Voxels
 from synbrain_jax.errors import InputError
+from synbrain_jax.interop.state_dicts import agreed_size, check_tensors, listed
 from synbrain_jax.interop.torch_file import StoredTensor, TorchFile
 from synbrain_jax.models.brain_vae import BrainVAEConfig, brain_vae_shapes
 from synbrain_jax.models.layers import position_embedding
@@ -37,9 +37,8 @@ from synbrain_jax.training import TrainState
 
 StateDict = Mapping[str, np.ndarray | StoredTensor]
 
-# What optax.adamw does; a checkpoint made otherwise cannot go on as it was.
+# What scale_by_adam does; a checkpoint made otherwise cannot go on as it was.
 ADAM = {"betas": (0.9, 0.999), "eps": 1e-8, "amsgrad": False, "maximize": False}
-_LISTED = 5  # names in one message
 
 # Our parameter path, joined by dots, to the release's key; each line is applied in turn.
 _RENAMED = [
@@ -114,30 +113,12 @@ def from_released(tensors: StateDict, shapes: PyTree, where: str) -> PyTree:
         keys[path]: released_array(keys[path], np.broadcast_to(np.int8(0), leaf.shape)).shape
         for path, leaf in flatten_dict(shapes).items()
     }
-    missing, left_over = expected.keys() - tensors.keys(), tensors.keys() - expected.keys()
-    if missing or left_over:
-        found = [
-            f"{_some(names)} {what}" for what, names in (("missing", missing), ("not expected", left_over)) if names
-        ]
-        raise InputError(f"{where}: {'; '.join(found)}. Expected exactly the tensors of this model in the release.")
-    wrong = {key: tensors[key] for key, shape in expected.items() if tuple(tensors[key].shape) != shape}
-    if wrong:
-        listed = [f"{key} has shape {list(t.shape)}, expected {list(expected[key])}" for key, t in wrong.items()]
-        raise InputError(f"{where}: {_some(listed, '; ')}")
-    for key in expected:
-        if not jnp.issubdtype(tensors[key].dtype, jnp.floating):
-            raise InputError(f"{where}: {key} holds {tensors[key].dtype}; expected floating-point numbers")
+    check_tensors(tensors, expected, where, "this model in the release")
     return unflatten_dict({path: our_array(key, _read(tensors[key])) for path, key in keys.items()})
 
 
 def _read(tensor: np.ndarray | StoredTensor) -> np.ndarray:
     return np.asarray(tensor if isinstance(tensor, np.ndarray) else tensor.read(), np.float32)
-
-
-def _some(items, separator: str = ", ") -> str:
-    items = sorted(map(str, items))
-    more = len(items) - _LISTED
-    return separator.join(items[:_LISTED]) + (f" and {more} more" if more > 0 else "")
 
 
 # ---- sizes -------------------------------------------------------------------------------------------------
@@ -191,14 +172,8 @@ def _sizes_of(tensors: StateDict, where: str):
     "key.1" (its second); and `count(pattern)`, how many values a pattern's group takes among the keys."""
 
     def size(*places: str) -> int:
-        seen = Counter()
-        for place in places:
-            key, axis = (place[:-2], 1) if place.endswith(".1") else (place, 0)
-            if key in tensors and len(tensors[key].shape) > axis:
-                seen[tensors[key].shape[axis]] += 1
-        if not seen:
-            raise InputError(f"{where}: {places[0]} is missing; expected a state dict of the released model")
-        return seen.most_common(1)[0][0]
+        axes = [(place[:-2], 1) if place.endswith(".1") else (place, 0) for place in places]
+        return agreed_size(tensors, where, *axes)
 
     def count(pattern: str) -> int:
         return len({found[1] for key in tensors if (found := re.match(pattern, key))})
@@ -232,7 +207,7 @@ def open_released(path: str | os.PathLike) -> Iterator[Released]:
     with TorchFile(path) as file:
         content = file.content if isinstance(file.content, dict) else {}
         if not isinstance(content.get("model"), dict):
-            held = _some(content) or type(file.content).__name__
+            held = listed(content) or type(file.content).__name__
             raise InputError(
                 f"{where}: holds {held}; expected a checkpoint of the release, with weights under 'model' (last.pth or "
                 "last.pt)"
@@ -356,7 +331,7 @@ def _adam_state(released: Released) -> tuple[StateDict, StateDict, int]:
         counts.add(_number(entry["step"], f"{where}, step of {key}"))
     if entries.keys() - range(len(released.weights)) or len(counts) != 1:
         raise InputError(
-            f"{where}: {len(entries)} entries and steps {_some(counts)} for {len(released.weights)} tensors; expected "
+            f"{where}: {len(entries)} entries and steps {listed(counts)} for {len(released.weights)} tensors; expected "
             "one entry each, with the same step"
         )
     return first, second, counts.pop()

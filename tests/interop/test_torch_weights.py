@@ -240,7 +240,7 @@ def test_a_missing_extra_or_misshapen_tensor_is_named(tmp_path, vae_tensors, key
 
 def test_integers_are_no_weights(tmp_path, vae_tensors):
     key = SOME_KEYS[0]
-    with pytest.raises(InputError, match=rf"{key} holds int64; expected floating-point"):
+    with pytest.raises(InputError, match=rf"{key} holds int64. Expected float32, float16, bfloat16"):
         read_changed(tmp_path, vae_tensors | {key: vae_tensors[key].astype(np.int64)})
 
 
