@@ -1,4 +1,4 @@
-"""Program: one step of each stage of the paper preset and one synthesis at full size, batch 1; prints figures as JSON."""
+"""One step of each stage of the paper preset and one synthesis at full size, batch 1; prints figures as JSON."""
 
 import dataclasses
 import json

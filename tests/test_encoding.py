@@ -234,8 +234,9 @@ def test_arrays_take_their_tokens_from_the_folder(stored_folder, tmp_path):
 
 def test_other_tokens_are_another_data_set(stored_folder, encoder, tmp_path):
     np.savez(tmp_path / "bare.npz", **experiment(open_tokens(stored_folder).stimulus_id))
-    prepare_arrays(tmp_path / "bare.npz", tmp_path / "data", name="a", tokens=stored_folder)
-    prepare_arrays(tmp_path / "bare.npz", tmp_path / "data", name="a", tokens=stored_folder)
+    files = ["--source", tmp_path / "bare.npz", "--data-dir", tmp_path / "data", "--tokens", stored_folder]
+    main(["prepare", "arrays", "--name", "a", *map(os.fspath, files)])
+    prepare_arrays(tmp_path / "bare.npz", tmp_path / "data", name="a", tokens=stored_folder)  # the same: no error
     other = PictureEncoder(CONFIG, random_params(1), mesh=ONE)
     encode_images(make_pictures(SIZES), other, tmp_path / "tokens")
     with pytest.raises(InputError, match="already prepared from other arrays"):

@@ -112,7 +112,6 @@ def finish(folder: epath.Path, shards: Sequence[Sequence[str]], token_shape: tup
         split_infos=[split],
         version="1.0.0",
         check_data=False,  # it would read with TensorFlow
-        disable_shuffling=True,  # the records are in the order of the names
     )
     write_npz(folder / STIMULI_FILE, {"stimulus_id": np.array([name for names in shards for name in names])})
 

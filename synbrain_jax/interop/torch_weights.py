@@ -16,7 +16,6 @@ import re
 from collections.abc import Iterator, Mapping
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import safetensors.numpy
