@@ -31,6 +31,7 @@ def main(arguments: list[str]) -> None:
     # --- Data --------------------------------------------------------------------------------------------------------
     dataset = open_dataset(prepare_data(config.data, workdir / "data"))
     sized = config.for_tokens(dataset.token_shape)
+    stages.check_starts(sized)
     claim_workdir(workdir, config)
     config = sized
     train, validation = load_trials(dataset, "train"), load_trials(dataset, "validation")

@@ -1,13 +1,14 @@
-"""Does the bigG/14 image tower fit? Compiles it ahead of time for 8 TPU v5e chips and for 8 H100, on any machine.
+"""Does bigG/14 fit? Compiles what `encode-images` runs, ahead of time, for 8 TPU v5e chips and 8 H100, anywhere.
 
     pip install -e . 'jax[tpu]' jax-cuda12-plugin jax-cuda12-pjrt
     JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 python benchmarks/aot_clip.py
 
 No accelerator is needed and none is used: libtpu and XLA's CUDA plugin compile for a description of one. The
-plugins' versions must be jax's own. Parameters and computation are bfloat16; memory is that of each device, and
-the seconds are the compiler's. What libtpu says about its environment is harmless.
+plugins' versions must be jax's own. The program takes 8-bit pictures of 425 x 425 and gives tokens; memory is that of
+each device, and the seconds are the compiler's. What libtpu says about its environment is harmless.
 """
 
+import functools
 import itertools
 import time
 
@@ -15,7 +16,8 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
 
-from synbrain_jax.models.clip_vision import CLIPVision, CLIPVisionConfig, clip_vision_shapes
+from synbrain_jax.encoding import encode_batch
+from synbrain_jax.models.clip_vision import CLIPVisionConfig, clip_vision_shapes
 from synbrain_jax.sharding import batch_sharding, make_mesh, state_sharding
 
 H100 = """
@@ -54,36 +56,40 @@ MESHES = [dict(data=8), dict(data=4, tensor=2), dict(data=1, tensor=8)]
 BATCHES = [64, 512]  # pictures at once, on all devices together
 
 
-def compile_for(devices, batch: int, mesh_sizes: dict[str, int]) -> jax.stages.Compiled:
-    """The tower on `batch` pictures, over all devices."""
-    config = CLIPVisionConfig.bigG_14(dtype="bfloat16")
+SIDE = 425  # of the pictures, as in the Natural Scenes Dataset
+
+
+def compile_for(devices, dtype: str, batch: int, mesh_sizes: dict[str, int]) -> jax.stages.Compiled:
+    """`encode_batch` of `batch` pictures, over all devices; parameters and computation have `dtype`."""
+    config = CLIPVisionConfig.bigG_14(dtype=dtype)
     mesh = make_mesh(**mesh_sizes, devices=devices)
     shapes = clip_vision_shapes(config)
     params = jax.tree.map(
-        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16, sharding=place),
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=place),
         shapes,
         state_sharding(shapes, mesh),
     )
-    size = config.image_size
-    pixels = jax.ShapeDtypeStruct((batch, size, size, 3), jnp.float32, sharding=batch_sharding(mesh))
-    return jax.jit(CLIPVision(config).apply).lower({"params": params}, pixels).compile()
+    images = jax.ShapeDtypeStruct((batch, SIDE, SIDE, 3), jnp.uint8, sharding=batch_sharding(mesh))
+    encode = jax.jit(functools.partial(encode_batch, config), out_shardings=batch_sharding(mesh))
+    return encode.lower(params, images).compile()
 
 
 def main() -> None:
-    print(f"jax {jax.__version__}; bigG/14, bfloat16; GiB for each device")
+    print(f"jax {jax.__version__}; bigG/14; GiB for each device")
     columns = " ".join(f"{column:>9}" for column in ("arguments", "outputs", "temporary", "total", "there is"))
-    print(f"{'target':12} {'mesh':25} {'batch':>5} {columns} fits seconds")
+    print(f"{'target':12} {'mesh':25} {'type':8} {'batch':>5} {columns} fits seconds")
     for name, description, available in TARGETS:
         devices = topologies.get_topology_desc(**description).devices
-        for sizes, batch in itertools.product(MESHES, BATCHES):
+        cases = [("bfloat16", *case) for case in itertools.product(MESHES, BATCHES)]
+        for dtype, sizes, batch in [*cases, ("float32", MESHES[0], BATCHES[0])]:
             start = time.perf_counter()
-            memory = compile_for(devices, batch, sizes).memory_analysis()
+            memory = compile_for(devices, dtype, batch, sizes).memory_analysis()
             seconds = time.perf_counter() - start
             parts = (memory.argument_size_in_bytes, memory.output_size_in_bytes, memory.temp_size_in_bytes)
             mesh = " ".join(f"{axis}={size}" for axis, size in sizes.items())
             columns = " ".join(f"{n_bytes / GIB:9.2f}" for n_bytes in (*parts, sum(parts), available))
             verdict = "yes" if sum(parts) < available else "NO"
-            print(f"{name:12} {mesh:25} {batch:5} {columns} {verdict:>4} {seconds:7.0f}", flush=True)
+            print(f"{name:12} {mesh:25} {dtype:8} {batch:5} {columns} {verdict:>4} {seconds:7.0f}", flush=True)
 
 
 if __name__ == "__main__":

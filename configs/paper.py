@@ -2,7 +2,7 @@
 
 Reproduces: models, losses, optimisation and stop rule of the release (arXiv 2508.10298), for 27,000 trials and more
 than one device or one; docs/released_system.md has the list, and where it differs from what we would do (`default`).
-An epoch is 27,000 / 24 = 1,125 steps; for another number of trials set --stage1.eval-every.
+An epoch is 27,000 / 24 = 1,125 steps: give a field `split` with all training pictures, or set --stage1.eval-every.
 Command: python train.py paper --data.source subject1.npz --workdir runs/subject1
 Hardware: one 80 GB accelerator. Time and score were not measured with this package.
 """

@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 import numpy as np
@@ -118,6 +118,9 @@ class _PictureOptions:
         from synbrain_jax.encoding import load_encoder
 
         pictures = open_pictures(images, self.background)
+        if passed_over := pictures.passed_over:
+            what = "passed over, being no pictures by their suffix or links to folders"
+            print(f"note: {images}: {len(passed_over)} files {what}, e.g. {passed_over[0]}", file=sys.stderr)
         tower = {name: getattr(self, name) for name in ("preprocessing", "dtype", "heads", "activation")}
         return pictures, load_encoder(clip, **tower)
 
@@ -176,7 +179,8 @@ def synthesize(
     """Synthesise fMRI, from pictures (--images and --clip) or from their tokens (--tokens).
 
     Writes `fmri` [stimuli, k, voxels] float32. An .npz also gets `stimulus_id`, the pictures' names or what the tokens
-    had, and `voxel_ijk` if the voxels' positions are known.
+    had, `voxel_ijk` if the voxels' positions are known, and `unreadable` [pictures, 2], names and reasons, if some
+    pictures could not be read; these have no row.
 
     Args:
         model: Bundle folder of a trained system.
@@ -196,34 +200,48 @@ def synthesize(
     if (tokens is None) == (images is None) or (images is None) != (clip is None):
         raise InputError("expected either --tokens, or --images and --clip")
     draw = dict(k=k, variability=variability, noise_factor=noise_factor, batch_size=batch_size)
-    key = jax.random.key(seed)
+    key, unreadable = jax.random.key(seed), {}
     if images is None:
         names, given = _read_tokens(tokens)
         system = load_pretrained(model)
-        fmri = system.synthesize(given, key, **draw)
+        if isinstance(given, np.ndarray):
+            fmri = system.synthesize(given, key, **draw)
+        else:  # on disk: perhaps more than fits into memory
+            some = max(1, 8 * batch_size)
+            starts = range(0, len(given), some)
+            fmri = np.concatenate([system.synthesize(given[i : i + some], key, first=i, **draw) for i in starts])
     else:
         from synbrain_jax.encoding import synthesize_pictures
 
         pictures, encoder = options.open(images, clip)
         system = load_pretrained(model, encoder.mesh)
         result = synthesize_pictures(system, encoder, pictures, key, **draw)
-        _report_unreadable(result.unreadable, len(pictures))
+        unreadable = result.unreadable
+        listed = (
+            f" All will be in the array 'unreadable' of {out}." if out.suffix == ".npz" and len(result.fmri) else ""
+        )
+        _report_unreadable(unreadable, len(pictures), listed)
+        if unreadable and out.suffix == ".npy":
+            raise InputError(
+                f"--out {out}: an .npy cannot say which pictures have no row; give a name that ends in .npz"
+            )
         names, fmri = np.array(result.stimulus_id), result.fmri
     if out.suffix == ".npy":
         write_npy(out, fmri)
     else:
         known = {"stimulus_id": names, "voxel_ijk": system.bundle.voxels.ijk}
+        known["unreadable"] = np.array(list(unreadable.items())) if unreadable else None
         write_npz(out, {"fmri": fmri, **{name: value for name, value in known.items() if value is not None}})
     print(f"{out}: {fmri.shape[0]} stimuli x {fmri.shape[1]} samples x {fmri.shape[2]} voxels")
 
 
-def _read_tokens(source: Path) -> tuple[np.ndarray | None, np.ndarray]:
-    """Names of the stimuli, if known, and tokens."""
+def _read_tokens(source: Path) -> tuple[np.ndarray | None, Any]:
+    """Names of the stimuli, if known, and tokens; those of a folder are read when they are sliced."""
     if source.is_dir():
         from synbrain_jax.data.tokens import open_tokens
 
         stored = open_tokens(source)
-        return np.array(stored.stimulus_id), stored.tokens[:]
+        return np.array(stored.stimulus_id), stored.tokens
     given = read_npz(source) if source.suffix == ".npz" else {"tokens": read_array(source)}
     if "tokens" not in given:
         raise InputError(f"{source}: no array 'tokens'; it holds {', '.join(given) or 'nothing'}")
@@ -290,6 +308,8 @@ def _from_torch(
 
     def run() -> str:
         options = {"averaged": weights == "ema", "heads": heads, "voxels": voxels}
+        if data is not None and voxels is not None:
+            raise InputError("--data and --voxels both say which brain it is; give one of them")
         if data is not None:
             from synbrain_jax.data.pairs import open_dataset
 

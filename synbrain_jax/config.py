@@ -152,6 +152,11 @@ class Config:
         divides = contrast is None or (contrast >= 1 and size % contrast == 0)
         _check(divides, "stage1.contrast_size", contrast, f"a divisor of stage1.batch_size, {size}, or none")
         _check(stop is None or stop > 0, "stage1.stop_below", stop, "above 0, or none")
+        _require(
+            self.stage2.start_from is None or self.stage1.start_from is not None,
+            "stage2.start_from is given but stage1.start_from is not; a mapper is of use only with the BrainVAE whose "
+            "latents it was trained on: give both (and stage1.steps 1 to take that BrainVAE as it is)",
+        )
         _check(0 <= self.stage1.average_share <= 1, "stage1.average_share", self.stage1.average_share, "0 to 1")
         _check(self.stage2.voxel_weight >= 0, "stage2.voxel_weight", self.stage2.voxel_weight, "at least 0")
         _check(0 <= self.seed < 2**31, "seed", self.seed, "0 to 2**31 - 1")

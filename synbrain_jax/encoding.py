@@ -16,7 +16,6 @@ import json
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 import grain
@@ -29,10 +28,10 @@ from jaxtyping import Array, BFloat16, Float, PRNGKeyArray, PyTree, UInt8
 from tqdm import tqdm
 
 from synbrain_jax.data.pictures import Pictures
-from synbrain_jax.data.tokens import MANIFEST_FILE, STIMULI_FILE, finish, shard_path, write_shard
+from synbrain_jax.data.tokens import MANIFEST_FILE, STIMULI_FILE, check_shard, finish, shard_path, write_shard
 from synbrain_jax.errors import InputError
 from synbrain_jax.files import read_text, write_text
-from synbrain_jax.interop.clip_weights import load_clip_vision
+from synbrain_jax.interop.clip_weights import PROCESSOR, load_clip_vision, local_clip
 from synbrain_jax.models.clip_vision import CLIPVision, CLIPVisionConfig
 from synbrain_jax.preprocessing import hugging_face, released, released_on_host
 from synbrain_jax.sharding import batch_parts, batch_sharding, make_mesh, state_sharding
@@ -71,17 +70,17 @@ class PictureEncoder:
         self._processor_config = None
         if preprocessing == "hugging_face":
             self._processor_config = _processor_config(config.image_size, processor_config)
-        self._host_params = params
         self._params = jax.device_put(params, state_sharding(params, self.mesh))
-        self._encode = jax.jit(functools.partial(_encode_batch, config), out_shardings=batch_sharding(self.mesh))
+        self._encode = jax.jit(functools.partial(encode_batch, config), out_shardings=batch_sharding(self.mesh))
 
     @functools.cached_property
     def description(self) -> dict[str, Any]:
         """What the tokens depend on besides the pictures; plain values. Reads every parameter."""
         digest = hashlib.sha256()
-        for path, leaf in jax.tree.leaves_with_path(self._host_params):
+        for path, leaf in jax.tree.leaves_with_path(self._params):
             digest.update(jax.tree_util.keystr(path).encode())
-            digest.update(np.ascontiguousarray(leaf).reshape(-1).view(np.uint8))
+            # Of a copy, because an array keeps on the host what was fetched of it.
+            digest.update(np.ascontiguousarray(jnp.copy(leaf)).reshape(-1).view(np.uint8))
         preprocessing = "released" if self._processor_config is None else self._processor_config
         tower = {**dataclasses.asdict(self.config), "weights": digest.hexdigest()}
         return {"tower": tower, "preprocessing": preprocessing}
@@ -100,14 +99,14 @@ class PictureEncoder:
         return picture if picture.shape[:2] == kept_size else released_on_host(picture, self.config.image_size)
 
     def encode(self, prepared: Sequence[np.ndarray], rows: int) -> BFloat16[Array, "b t d"]:
-        """Tokens, on the devices, of at most `rows` prepared pictures; the program is always run on `rows`."""
+        """Tokens, on the devices, of at most `rows` prepared pictures; b is `rows`, the rest being padding."""
         if len({array.dtype for array in prepared}) > 1:
             size = self.config.image_size
             prepared = [released_on_host(array, size) if array.dtype == np.uint8 else array for array in prepared]
         images = np.zeros((rows, *prepared[0].shape), prepared[0].dtype)
         images[: len(prepared)] = prepared
         images = jax.device_put(images, batch_sharding(self.mesh))
-        return self._encode(self._params, images)[: len(prepared)]
+        return self._encode(self._params, images)
 
 
 def load_encoder(
@@ -124,8 +123,9 @@ def load_encoder(
     For "hugging_face" the `preprocessor_config.json` beside the weights counts, if there is one. `dtype` is that of the
     weights and of the computation.
     """
-    config, params = load_clip_vision(clip, heads=heads, activation=activation, dtype=dtype)
-    file = Path(clip) / "preprocessor_config.json"
+    path = local_clip(clip)
+    config, params = load_clip_vision(path, heads=heads, activation=activation, dtype=dtype)
+    file = path / PROCESSOR
     try:
         processor_config = json.loads(read_text(file)) if file.exists() else None
     except json.JSONDecodeError as error:
@@ -143,10 +143,10 @@ def _processor_config(size: int, given: Mapping[str, Any] | None) -> dict[str, A
     return dict(config)
 
 
-def _encode_batch(
+def encode_batch(
     config: CLIPVisionConfig, params: PyTree, images: UInt8[Array, "b h w 3"] | Float[Array, "b s s 3"]
 ) -> BFloat16[Array, "b t d"]:
-    """Pictures are told from pixels by their type. The tokens are rounded as data sets hold them."""
+    """What the devices do: tokens of 8-bit pictures or of normalised pixels, rounded as data sets hold them."""
     pixels = released(images, config.image_size) if images.dtype == jnp.uint8 else images
     return CLIPVision(config).apply({"params": params}, pixels).tokens.astype(jnp.bfloat16)
 
@@ -183,15 +183,17 @@ def encode_images(
         num_threads: that read pictures; None: one a CPU core, at most 16.
 
     Raises:
-        InputError: `out` holds tokens of other pictures, or by another tower or preprocessing; the tower gives numbers
-            that are not finite.
+        InputError: `out` is a file, or holds tokens of other pictures, or by another tower or preprocessing, or
+            another data set, or a damaged shard; the tower gives numbers that are not finite.
     """
     out = epath.Path(out).expanduser()
+    if out.exists() and not out.is_dir():
+        raise InputError(f"{out}: is a file; expected a folder for the tokens, which need not exist.")
     rows = encoder.rows(batch_size)
     shards = _claim(out, pictures, encoder, shard_size=math.ceil(_SHARD / rows) * rows)
     _encode_shards(out, shards, pictures, encoder, rows, num_threads)
     notes = [_note(out, number) for number in range(len(shards))]
-    unreadable = {name: why for note in notes if note.exists() for name, why in json.loads(read_text(note)).items()}
+    unreadable = {name: why for note in notes if note.exists() for name, why in _json(note).items()}
     write_text(out / UNREADABLE_FILE, "".join(f"{name}\t{why}\n" for name, why in unreadable.items()))
     encoded = [[name for i in shard if (name := pictures.names[i]) not in unreadable] for shard in shards]
     if not any(encoded):
@@ -209,14 +211,25 @@ def _claim(out: epath.Path, pictures: Pictures, encoder: PictureEncoder, shard_s
     wanted = json.loads(json.dumps({**given, **encoder.description}))  # lists for tuples, as it will be read
     file = out / MANIFEST_FILE
     if not file.exists():
+        if (out / "features.json").exists():
+            raise InputError(f"{out}: holds another data set. Give another folder for the tokens.")
         write_text(file, json.dumps(wanted | {"shard_size": shard_size}, indent=1))
-    there = json.loads(read_text(file))
+    there = _json(file)
     other = [name for name, value in wanted.items() if there.get(name) != value]
     if other:
         details = "; ".join(_difference(name, there.get(name), wanted[name]) for name in other)
         raise InputError(f"{out}: holds tokens of something else ({details}). Give another folder, or delete this one.")
     size, count = there["shard_size"], len(pictures)
     return [range(start, min(start + size, count)) for start in range(0, count, size)]
+
+
+def _json(path: epath.Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(read_text(path)))
+    except (TypeError, ValueError) as error:
+        raise InputError(
+            f"{path}: is damaged ({error}). Delete the folder {path.parent} and encode the pictures again."
+        ) from error
 
 
 def _difference(name: str, there: Any, here: Any) -> str:
@@ -240,7 +253,10 @@ def _encode_shards(
     rows: int,
     num_threads: int | None,
 ) -> None:
-    todo = [number for number in range(len(shards)) if not shard_path(out, number, len(shards)).exists()]
+    files = [shard_path(out, number, len(shards)) for number in range(len(shards))]
+    todo = [number for number, file in enumerate(files) if not file.exists()]
+    for number in sorted(set(range(len(shards))) - set(todo)):
+        check_shard(files[number])
     left = sum(len(shards[number]) for number in todo)
     batches = _encoded_batches(pictures, [shards[number] for number in todo], encoder, rows, num_threads)
     # Shards are fetched, compressed and written while the devices work on the next one.
@@ -256,13 +272,13 @@ def _encode_shards(
                 jax.block_until_ready(batch.tokens)
                 bar.update(len(batch.names) + len(batch.unreadable))
             writing.result()
-            writing = writer.submit(_write, out, number, len(shards), done)
+            writing = writer.submit(_write, out, number, files[number], done)
         writing.result()
 
 
-def _write(out: epath.Path, number: int, count: int, batches: Sequence["_Batch"]) -> None:
+def _write(out: epath.Path, number: int, shard: epath.Path, batches: Sequence["_Batch"]) -> None:
     names = [name for batch in batches for name in batch.names]
-    tokens = [array for batch in batches if batch.tokens is not None for array in np.asarray(batch.tokens)]
+    tokens = [array for batch in batches if batch.names for array in np.asarray(batch.tokens)[: len(batch.names)]]
     for name, array in zip(names, tokens, strict=True):
         if not np.isfinite(array).all():
             raise InputError(f"picture '{name}': its tokens are not finite; are the tower's weights whole?")
@@ -271,7 +287,7 @@ def _write(out: epath.Path, number: int, count: int, batches: Sequence["_Batch"]
     note.unlink(missing_ok=True)
     if unreadable:
         write_text(note, json.dumps(unreadable))
-    write_shard(shard_path(out, number, count), names, tokens)
+    write_shard(shard, names, tokens)
 
 
 def _note(out: epath.Path, number: int) -> epath.Path:
@@ -329,7 +345,8 @@ def synthesize_pictures(
     with tqdm(total=len(pictures), desc="synthesize", unit="picture", disable=None) as bar:
         for batch in _encoded_batches(pictures, [range(len(pictures))], encoder, rows, num_threads):
             if batch.tokens is not None:
-                fmri.append(system.synthesize(batch.tokens, key, first=len(names), **options))
+                responses = system.synthesize(batch.tokens, key, first=len(names), **options)
+                fmri.append(responses[: len(batch.names)])
             names += batch.names
             unreadable |= batch.unreadable
             bar.update(len(batch.names) + len(batch.unreadable))
@@ -343,7 +360,7 @@ def synthesize_pictures(
 class _Batch:
     group: int
     names: list[str]
-    tokens: BFloat16[Array, "b t d"] | None  # on the devices, perhaps not computed yet; None if there are none
+    tokens: BFloat16[Array, "b t d"] | None  # of the names and of padding, perhaps not computed yet; None: no names
     unreadable: dict[str, str]
 
 

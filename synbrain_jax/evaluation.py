@@ -192,7 +192,7 @@ def write_evaluation(
     """Evaluates a trained system on a split of a data set; writes report.json and predictions.npz into `folder`.
 
     Beside the arrays of `Evaluation`, predictions.npz holds the split's trials [n v] with trial_stimulus [n], and
-    samples [s k v], drawn with the spread of BrainVAE's posterior.
+    samples [s k v], drawn with the spread of BrainVAE's posterior if the bundle knows it.
 
     Args:
         shift_tokens: as a control, the model is given the tokens of stimulus i + shift_tokens for stimulus i.
@@ -213,8 +213,9 @@ def write_evaluation(
     )
     controls = {"shifted_tokens_pattern_r_centred": shifted_tokens_control(model.predict, test)}
     report = {**evaluation.report, "subject": dataset.voxels.subject, "gain": model.bundle.gain, "controls": controls}
-    samples = model.synthesize(tokens, jax.random.key(0), k=SAMPLES, variability="posterior")
-    arrays = {"samples": samples, "trials": test.fmri, "trial_stimulus": test.stimulus}
+    arrays = {"trials": test.fmri, "trial_stimulus": test.stimulus}
+    if model.bundle.latent_std is not None:
+        arrays["samples"] = model.synthesize(tokens, jax.random.key(0), k=SAMPLES, variability="posterior")
     write_npz(epath.Path(folder) / "predictions.npz", {**evaluation.arrays, **arrays})
     write_text(epath.Path(folder) / "report.json", json.dumps(report, indent=2) + "\n")
     return report

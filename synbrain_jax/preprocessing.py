@@ -52,7 +52,9 @@ def resize(images: Float[Array, "b h w c"], size: tuple[int, int]) -> Float[Arra
     rows, columns = (weights.toarray() for weights in _weights(images.shape[1:3], size))
     # GPUs and TPUs would round the factors to TF32 or bfloat16.
     product = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
-    return product("xw,bywc->byxc", columns, product("yh,bhwc->bywc", rows, images))
+    # Channels go first, because XLA (jax 0.10) cannot compile these products for GPUs when they are last.
+    planes = product("yh,bchw->bcyw", rows, jnp.moveaxis(images, -1, 1))
+    return jnp.moveaxis(product("xw,bcyw->bcyx", columns, planes), 1, -1)
 
 
 def hugging_face(

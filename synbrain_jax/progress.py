@@ -58,9 +58,10 @@ class Progress:
             self._bar.set_postfix(self._shown)
             return
         elapsed, done = time.monotonic() - self._since, step - self._start
-        left = (self._steps - step) * elapsed / done
         shown = "  ".join(f"{name} {value:.4g}" for name, value in named.items())
-        rate = f"{done / elapsed:.1f} steps/s, {left:.0f} s left"
+        rate = "start"
+        if done:
+            rate = f"{done / elapsed:.1f} steps/s, {(self._steps - step) * elapsed / done:.0f} s left"
         print(f"{self._name} {step}/{self._steps}  {shown}  ({rate})", file=sys.stderr, flush=True)
 
     def advance(self, step: int) -> None:

@@ -22,9 +22,9 @@ from synbrain_jax.checkpoint import Bundle
 from synbrain_jax.config import Config, Stage1Config, Stage2Config
 from synbrain_jax.data.pairs import Dataset, Records, Trials, training_batches
 from synbrain_jax.files import read_npz, write_npz
-from synbrain_jax.interop.torch_weights import training_state
-from synbrain_jax.models.brain_vae import BrainVAE
-from synbrain_jax.models.semantic_to_neural import SemanticToNeural
+from synbrain_jax.interop.torch_weights import check_start, training_state
+from synbrain_jax.models.brain_vae import BrainVAE, brain_vae_shapes
+from synbrain_jax.models.semantic_to_neural import SemanticToNeural, mapper_shapes
 from synbrain_jax.synthesis import SynBrain, model_order
 from synbrain_jax.training import LossFunction, Stage, TrainState
 
@@ -93,6 +93,14 @@ def stage2(
 def _stop_rule(settings: Stage1Config, n_voxels: int) -> Callable[[dict[str, float]], bool]:
     scale = n_voxels if settings.loss_scale == "sum" else 1
     return lambda terms: settings.stop_below is not None and terms["mse"] * scale < settings.stop_below
+
+
+def check_starts(config: Config) -> None:
+    """Raises InputError if a checkpoint that a stage is to start from cannot be used for its model."""
+    if config.stage1.start_from is not None:
+        check_start(config.stage1.start_from, brain_vae_shapes(config.brain_vae))
+    if config.stage2.start_from is not None:
+        check_start(config.stage2.start_from, mapper_shapes(config.mapper))
 
 
 def _start(path: str | None) -> Callable[[TrainState], TrainState] | None:

@@ -207,6 +207,10 @@ def fit(stage: Stage, config: Config, mesh: Mesh, folder: str | os.PathLike) -> 
         step = start = int(state.step)
 
         with Progress(folder, stage.name, start, settings.steps) as progress:
+            if stage.start and checkpoints.latest is None:  # what was handed in may be the result
+                numbers = stage.validate(state.result)
+                progress.log(start, "val", numbers)
+                checkpoints.save(start, state, stage.batches.get_state(), _selection_value(numbers, stage, start))
             pending, since_validation = [], []
             for step in range(start + 1, settings.steps + 1):
                 batch = shard_batch(next(stage.batches), mesh)

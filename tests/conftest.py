@@ -19,6 +19,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 install_import_hook("synbrain_jax", "beartype.beartype")
 
 ROOT = Path(__file__).parents[1]
+collect_ignore = ["interop/samples/make_samples.py"]  # a program that needs torch
 GOLDEN = Path(__file__).parent / "golden"
 
 

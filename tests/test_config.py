@@ -18,6 +18,7 @@ from synbrain_jax.config import (
     MeshConfig,
     OptimizerConfig,
     Stage1Config,
+    Stage2Config,
     nearest,
 )
 from synbrain_jax.errors import InputError
@@ -120,8 +121,10 @@ def config_fields(draw):
     )
     batch, contrast = draw(st.integers(1, 9)), draw(st.none() | st.integers(1, 9))
     batch_size, contrast_size = st.just(batch * (contrast or 1)), st.just(contrast)
-    stage1 = fields_of(Stage1Config, batch_size=batch_size, contrast_size=contrast_size)
-    return draw(fields_of(Config, brain_vae=brain_vae, mapper=mapper, stage1=stage1))
+    start = st.none() if draw(st.booleans()) else st.just("last.pth")
+    stage1 = fields_of(Stage1Config, batch_size=batch_size, contrast_size=contrast_size, start_from=start)
+    stage2 = fields_of(Stage2Config, start_from=start)
+    return draw(fields_of(Config, brain_vae=brain_vae, mapper=mapper, stage1=stage1, stage2=stage2))
 
 
 def build(kind, fields: dict):

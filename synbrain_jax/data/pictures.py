@@ -10,6 +10,9 @@ Shape letters: n pictures, h w their size.
 import dataclasses
 import io
 import os
+import re
+import threading
+import warnings
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +24,7 @@ from PIL import Image, ImageOps
 from synbrain_jax.errors import InputError
 from synbrain_jax.files import read_text
 
-SUFFIXES = (".avif", ".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+SUFFIXES = (".avif", ".bmp", ".gif", ".jp2", ".jpeg", ".jfif", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 Image.init()  # loads Pillow's readers; some builds of it lack a few
 _FORMATS = [
     name for name in ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP") if name in Image.OPEN
@@ -29,6 +32,7 @@ _FORMATS = [
 _BRICK = "imgBrick"  # of the Natural Scenes Dataset's nsd_stimuli.hdf5
 _NAME_FEATURES = ("stimulus_id", "image/filename", "file_name", "filename")
 _WHITE = (255, 255, 255)
+_OPENING = threading.Lock()  # warnings' filters are the whole process's
 
 Background = tuple[int, int, int]
 
@@ -41,6 +45,7 @@ class Pictures:
     names: tuple[str, ...]  # distinct
     background: Background  # behind transparent pictures
     _read: Callable[[int], UInt8[np.ndarray, "h w 3"]] = dataclasses.field(repr=False)
+    passed_over: tuple[str, ...] = ()  # other files of a folder, and links to folders, which are not followed
 
     def __post_init__(self):
         if not self.names:
@@ -58,16 +63,17 @@ class Pictures:
 
 
 def open_pictures(source: str | os.PathLike, background: Background = _WHITE) -> Pictures:
-    """Finds the pictures in `source`, without reading them.
+    """Finds the pictures in `source`. None is read yet, except that names in a TFDS data set come with whole records.
 
     Args:
         source: one of
-            a folder, searched with its subfolders for files with common suffixes (hidden ones left out), in the order
-              of their names, which are the paths within the folder;
+            a folder, searched with its subfolders for files with common suffixes (hidden ones left out, the others
+              told in `passed_over`), in the order of their names, which are the paths within the folder;
             a .txt file with a path in each line, absolute or from the list's folder; the lines are the names;
             an .hdf5 or .h5 file with `imgBrick` [n, h, w, 3] uint8; the names are 0, 1, 2, ...;
             a folder that TFDS wrote as array_record, whose first image feature counts; the names are its text feature
               `stimulus_id`, `image/filename`, `file_name` or `filename` if it has one, else SPLIT/0, SPLIT/1, ...
+              With such a feature every record is read once to know the names.
         background: red, green, blue (0 to 255) behind transparent pictures.
 
     Raises:
@@ -95,16 +101,29 @@ def decode_picture(content: bytes, where: str, background: Background = _WHITE) 
         raise InputError(f"{where}: the file is empty; expected a picture.")
     try:
         # Other formats are not opened, because some of Pillow's readers start programs.
-        with Image.open(io.BytesIO(content), formats=_FORMATS) as picture:
+        with _opened(content) as picture:
             ImageOps.exif_transpose(picture, in_place=True)
             return _rgb(picture, background)
     except InputError as error:
         raise InputError(f"{where}: {error}") from error
     except Image.UnidentifiedImageError as error:
         raise InputError(f"{where}: not a picture of a known format ({', '.join(_FORMATS)}).") from error
+    except Image.DecompressionBombError as error:
+        pixels = re.search(r"\d+", str(error))[0]
+        raise InputError(
+            f"{where}: the picture is too large ({pixels} pixels; at most {2 * Image.MAX_IMAGE_PIXELS}). Make it "
+            "smaller."
+        ) from error
     # A damaged file makes Pillow's readers raise almost anything.
     except Exception as error:
         raise InputError(f"{where}: the picture is damaged ({error}).") from error
+
+
+def _opened(content: bytes) -> Image.Image:
+    """The unread picture. Pillow warns of large ones from half the size on that it refuses."""
+    with _OPENING, warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        return Image.open(io.BytesIO(content), formats=_FORMATS)
 
 
 def _rgb(picture: Image.Image, background: Background) -> UInt8[np.ndarray, "h w 3"]:
@@ -123,24 +142,40 @@ def _rgb(picture: Image.Image, background: Background) -> UInt8[np.ndarray, "h w
     return np.array(picture.convert("RGB"))
 
 
-def _files(where: Path, names: list[str], folder: Path, background: Background) -> Pictures:
+def _files(
+    where: Path, files: list[str], folder: Path, background: Background, passed_over: tuple[str, ...] = ()
+) -> Pictures:
+    names = tuple(_printable(file) for file in files)
+
     def read(index: int) -> UInt8[np.ndarray, "h w 3"]:
-        file = folder / names[index]
+        file = folder / files[index]
+        shown = _printable(os.fspath(file))
+        if names[index] != files[index]:
+            raise InputError(f"{shown}: the file's name is not UTF-8, as names of stimuli must be; rename it.")
         try:
             content = file.read_bytes()
-        except OSError as error:
-            raise InputError(f"{file}: cannot be read ({error.strerror}).") from error
-        return decode_picture(content, os.fspath(file), background)
+        except (OSError, ValueError) as error:  # ValueError: no file can have such a name
+            raise InputError(f"{shown}: cannot be read ({getattr(error, 'strerror', error)}).") from error
+        return decode_picture(content, shown, background)
 
-    return Pictures(os.fspath(where), tuple(names), background, read)
+    return Pictures(os.fspath(where), names, background, read, passed_over)
+
+
+def _printable(name: str) -> str:
+    """A file's name with bytes that are not UTF-8 written out."""
+    return os.fsencode(name).decode(errors="backslashreplace")
 
 
 def _folder(path: Path, background: Background) -> Pictures:
-    found = [file.relative_to(path) for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file()]
-    names = sorted(file.as_posix() for file in found if not any(part.startswith(".") for part in file.parts))
-    if not names:
+    found = {True: [], False: []}
+    for file in path.rglob("*"):
+        name = file.relative_to(path)
+        hidden = any(part.startswith(".") for part in name.parts)
+        if not hidden and (file.is_file() or file.is_symlink()):
+            found[file.is_file() and file.suffix.lower() in SUFFIXES].append(name.as_posix())
+    if not found[True]:
         raise InputError(f"{path}: holds no picture; looked for {', '.join(SUFFIXES)} here and in all subfolders.")
-    return _files(path, names, path, background)
+    return _files(path, sorted(found[True]), path, background, tuple(map(_printable, sorted(found[False]))))
 
 
 def _list(path: Path, background: Background) -> Pictures:

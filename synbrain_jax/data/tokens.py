@@ -18,7 +18,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import tensorflow_datasets as tfds
-from array_record.python.array_record_module import ArrayRecordWriter
+from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 from etils import epath
 from jaxtyping import Float, Shaped
 
@@ -46,7 +46,10 @@ class StoredTokens:
         if isinstance(rows, slice):
             rows = range(len(self))[rows]
         if isinstance(rows, list | range | np.ndarray):
-            return np.array([self[row] for row in rows], np.float32).reshape(-1, *self.shape[1:])
+            tokens = np.empty((len(rows), *self.shape[1:]), np.float32)
+            for place, row in enumerate(rows):
+                tokens[place] = self[row]
+            return tokens
         return self._source[range(len(self))[operator.index(rows)]]["tokens"].astype(np.float32)
 
 
@@ -62,7 +65,7 @@ def open_tokens(path: str | os.PathLike) -> EncodedPictures:
     """Opens the folder of tokens that `synbrain encode-images` wrote, without reading its records.
 
     Raises:
-        InputError: the folder is missing, incomplete, or holds something else.
+        InputError: the folder is missing, incomplete, damaged, or holds something else.
     """
     path = epath.Path(path).expanduser()
     if not (path / STIMULI_FILE).exists():
@@ -73,6 +76,8 @@ def open_tokens(path: str | os.PathLike) -> EncodedPictures:
     names = tuple(str(name) for name in read_npz(path / STIMULI_FILE)["stimulus_id"])
     builder = tfds.builder_from_directory(path)
     shape = builder.info.features["tokens"].shape
+    for shard in builder.info.splits[_SPLIT].filepaths:
+        check_shard(epath.Path(shard))
     source = builder.as_data_source(_SPLIT)
     fingerprint = hashlib.sha256(f"{names} {read_text(path / MANIFEST_FILE)}".encode()).hexdigest()
     if len(source) != len(names):
@@ -85,16 +90,31 @@ def shard_path(folder: epath.Path, number: int, count: int) -> epath.Path:
     return folder / f"{_NAME}-{_SPLIT}.array_record-{number:05d}-of-{count:05d}"
 
 
+def check_shard(path: epath.Path) -> None:
+    """Raises InputError if the file is missing or has been cut. Reads its end only."""
+    try:
+        ArrayRecordReader(os.fspath(path)).close()
+    # array_record has no exceptions of its own.
+    except Exception as error:
+        raise InputError(
+            f"{path}: the shard is damaged ({' '.join(str(error).split())[:200]}). Delete it and give the command `synbrain "
+            "encode-images` again, which makes this one anew."
+        ) from error
+
+
 def write_shard(
     path: epath.Path, stimulus_id: Sequence[str], tokens: Shaped[np.ndarray, "s t d"] | Sequence[np.ndarray]
 ) -> None:
     """Writes a shard beside `path` and renames it, so that it appears whole or not at all."""
     unfinished = path.with_name(path.name + ".unfinished")
     writer = ArrayRecordWriter(os.fspath(unfinished), "group_size:1")  # each record by itself, for random access
-    for name, record in zip(stimulus_id, tokens, strict=True):
-        writer.write(_features(record.shape).serialize_example({"stimulus_id": name, "tokens": record}))
-    writer.close()
-    unfinished.rename(path)
+    try:
+        for name, record in zip(stimulus_id, tokens, strict=True):
+            writer.write(_features(record.shape).serialize_example({"stimulus_id": name, "tokens": record}))
+        writer.close()
+        unfinished.rename(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 def finish(folder: epath.Path, shards: Sequence[Sequence[str]], token_shape: tuple[int, int]) -> None:

@@ -35,6 +35,7 @@ from synbrain_jax.interop.torch_file import StoredTensor, TorchFile
 from synbrain_jax.models.clip_vision import CLIPVisionConfig, clip_vision_shapes
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+PROCESSOR = "preprocessor_config.json"
 _IGNORED = ".position_ids"  # a buffer in older files: 0, 1, 2, ...
 
 # Ours, open_clip's, Hugging Face's. `kind` is weight or bias; `part` q, k, v, which we have in one.
@@ -99,7 +100,7 @@ def load_clip_vision(
         InputError: there is nothing at `source`, it is not such a checkpoint, or a tensor is missing, left over, of
             another shape, or does not hold floating-point numbers.
     """
-    path = _local(source)
+    path = local_clip(source)
     if path.is_dir():
         if heads is not None or activation is not None:
             raise InputError(f"{path}: heads and activation are in its {CONFIG}; give them for open_clip files only")
@@ -285,7 +286,10 @@ def _hf_tensors(folder: Path) -> StateDict:
     if (folder / WEIGHTS).exists():
         return {key: tensor for key, tensor in _safetensors(folder / WEIGHTS).items() if _is_vision(key)}
     if not (folder / INDEX).exists():
-        raise InputError(f"{folder}: has neither {WEIGHTS} nor {INDEX}; expected a folder of a Hugging Face CLIP model")
+        raise InputError(
+            f"{folder}: has neither {WEIGHTS} nor {INDEX}; expected a folder of a Hugging Face CLIP model. Of "
+            "open_clip's weights, give the file itself (.safetensors, .bin or .pt)."
+        )
     tensors = {}
     for shard in _vision_shards(folder / INDEX):
         tensors |= {key: tensor for key, tensor in _safetensors(folder / shard).items() if _is_vision(key)}
@@ -341,8 +345,12 @@ def _opened(path: Path):
         raise InputError(f"{path}: cannot be read as a safetensors file ({error})") from error
 
 
-def _local(source: str | os.PathLike) -> Path:
-    """The file or folder of `source`; from Hugging Face's hub, only what the image tower needs."""
+def local_clip(source: str | os.PathLike) -> Path:
+    """The file or folder of a `source` as of `load_clip_vision`; from the hub, only what the image tower needs.
+
+    Raises:
+        InputError: there is nothing at `source`.
+    """
     path = Path(source)
     if path.exists():
         return path
@@ -352,9 +360,10 @@ def _local(source: str | os.PathLike) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        folder = Path(snapshot_download(source, allow_patterns=[CONFIG, WEIGHTS, INDEX]))
+        folder = Path(snapshot_download(source, allow_patterns=[CONFIG, PROCESSOR, WEIGHTS, INDEX]))
         if not (folder / WEIGHTS).exists() and (folder / INDEX).exists():
-            folder = Path(snapshot_download(source, allow_patterns=[CONFIG, INDEX, *_vision_shards(folder / INDEX)]))
+            shards = _vision_shards(folder / INDEX)
+            folder = Path(snapshot_download(source, allow_patterns=[CONFIG, PROCESSOR, INDEX, *shards]))
     except InputError:
         raise
     # The hub's client, its transport and the file system each have exceptions of their own.

@@ -40,7 +40,7 @@ def check_tensors(tensors: Mapping[str, Any], expected: Mapping[str, tuple[int, 
     ]
     wrong += [f"{key} holds {tensors[key].dtype}" for key in expected if str(tensors[key].dtype) not in _FLOATS]
     if wrong:
-        raise InputError(f"{where}: {listed(wrong, '; ')}. Expected {', '.join(_FLOATS)} of this model's shapes.")
+        raise InputError(f"{where}: {listed(wrong, '; ')}. All must hold {', '.join(_FLOATS)} and fit one another.")
 
 
 def agreed_size(tensors: Mapping[str, Any], where: str, *places: tuple[str, int]) -> int:

@@ -105,19 +105,25 @@ def from_released(tensors: StateDict, shapes: PyTree, where: str) -> PyTree:
         where: names the tensors' origin in messages.
 
     Raises:
-        InputError: a tensor is missing, left over, of another shape, or does not hold floating-point numbers.
+        InputError: a tensor is missing, left over, of another shape, or does not hold finite floating-point numbers.
     """
-    keys = {path: released_key(path) for path in flatten_dict(shapes)}
-    expected = {
-        keys[path]: released_array(keys[path], np.broadcast_to(np.int8(0), leaf.shape)).shape
-        for path, leaf in flatten_dict(shapes).items()
-    }
-    check_tensors(tensors, expected, where, "this model in the release")
-    return unflatten_dict({path: our_array(key, _read(tensors[key])) for path, key in keys.items()})
+    check_tensors(tensors, released_shapes(shapes), where, "this model in the release")
+
+    def read(path: tuple[str, ...]) -> np.ndarray:
+        key = released_key(path)
+        tensor = tensors[key] if isinstance(tensors[key], np.ndarray) else tensors[key].read()
+        array = our_array(key, np.asarray(tensor, np.float32))
+        if not np.isfinite(array).all():
+            raise InputError(f"{where}: {key} holds values that are NaN or infinite; did its training diverge?")
+        return array
+
+    return unflatten_dict({path: read(path) for path in flatten_dict(shapes)})
 
 
-def _read(tensor: np.ndarray | StoredTensor) -> np.ndarray:
-    return np.asarray(tensor if isinstance(tensor, np.ndarray) else tensor.read(), np.float32)
+def released_shapes(shapes: PyTree) -> dict[str, tuple[int, ...]]:
+    """The release's shape of each of a model's tensors, by key."""
+    keys = {released_key(path): leaf.shape for path, leaf in flatten_dict(shapes).items()}
+    return {key: released_array(key, np.broadcast_to(np.int8(0), shape)).shape for key, shape in keys.items()}
 
 
 # ---- sizes -------------------------------------------------------------------------------------------------
@@ -146,24 +152,31 @@ def brain_vae_config(tensors: StateDict, where: str) -> BrainVAEConfig:
     )
 
 
-def mapper_config(tensors: StateDict, where: str, heads: int, prediction: str = "x") -> MapperConfig:
+def mapper_config(
+    tensors: StateDict, where: str, heads: int, prediction: str = "x", depth: int | None = None
+) -> MapperConfig:
     """The architecture of a mapper state dict, which tells neither the number of heads nor the kind of prediction.
 
+    `depth` is counted unless it is given (and then no block can be missing unnoticed).
     `positions` is "stored": the release averages its fixed position table along with the weights, and rounding moves
     the average (by up to 2e-4 in 50,000 steps), so the file's own table is part of the weights.
     """
     size, count = _sizes_of(tensors, where)
     width = size("final_layer.linear.bias", "t_embedder.mlp.0.bias", "t_embedder.mlp.2.bias")
     hidden = size("blocks.0.mlp.fc1.bias", "blocks.0.mlp.fc1.weight", "blocks.0.mlp.fc2.weight.1")
-    return MapperConfig(
-        tokens=size("pos_embed.1"),
-        width=width,
-        depth=count(r"blocks\.(\d+)\."),
-        heads=heads,
-        mlp_ratio=hidden / width,
-        prediction=prediction,
-        positions="stored",
-    )
+    depth = count(r"blocks\.(\d+)\.") if depth is None else depth
+    try:
+        return MapperConfig(
+            tokens=size("pos_embed.1"),
+            width=width,
+            depth=depth,
+            heads=heads,
+            mlp_ratio=hidden / width,
+            prediction=prediction,
+            positions="stored",
+        )
+    except InputError as error:
+        raise InputError(f"{where}: {error}; --heads gives the number of heads") from error
 
 
 def _sizes_of(tensors: StateDict, where: str):
@@ -197,14 +210,21 @@ class Released:
 
 @contextlib.contextmanager
 def open_released(path: str | os.PathLike) -> Iterator[Released]:
-    """Opens `last.pth`, `last.pt`, or a safetensors file of plain keys. Raises InputError for anything else."""
+    """Opens `last.pth`, `last.pt`, or a state dict alone (by torch.save, or a safetensors file).
+
+    Raises InputError for anything else.
+    """
     where = os.fspath(path)
     if where.endswith(".safetensors"):
-        weights = _read_safetensors(where)
+        weights = _state_dict(_read_safetensors(where), where)
         yield Released(where, weights, ema=weights)
         return
     with TorchFile(path) as file:
         content = file.content if isinstance(file.content, dict) else {}
+        if content and all(isinstance(value, StoredTensor) for value in content.values()):
+            weights = _state_dict(content, where)
+            yield Released(where, weights, ema=weights)
+            return
         if not isinstance(content.get("model"), dict):
             held = listed(content) or type(file.content).__name__
             raise InputError(
@@ -235,7 +255,7 @@ def _state_dict(values, where: str) -> StateDict:
         raise InputError(f"{where}: is a {type(values).__name__}; expected a state dict")
     plain = {}
     for key, value in values.items():
-        if not isinstance(key, str) or not isinstance(value, StoredTensor):
+        if not isinstance(key, str) or not isinstance(value, StoredTensor | np.ndarray):
             raise InputError(f"{where}: {key!r} is a {type(value).__name__}; expected named tensors only")
         plain[key.removeprefix("module.")] = value
     if len(plain) != len(values):
@@ -256,25 +276,30 @@ def read_mapper(
     """Architecture and parameters (NumPy float32) of a stage-2 checkpoint. Raises InputError if it is not one.
 
     Args:
-        averaged: take the moving average of the weights, as the release does, and not the weights themselves. Of a
-            safetensors file the one set of tensors stands for either.
+        averaged: take the moving average of the weights, as the release does, and not the weights themselves. A state
+            dict alone stands for either.
         heads: attention heads; None: as the checkpoint says.
     """
     with open_released(path) as released:
-        config = mapper_config(released.weights, released.where, *_mapper_arguments(released, heads))
+        config = mapper_config(released.weights, released.where, **_mapper_arguments(released, heads))
         tensors = released.ema if averaged else released.weights
         if tensors is None:
             raise InputError(f"{released.where}: holds no moving average ('ema'); take the weights with --weights raw")
         return config, from_released(tensors, mapper_shapes(config), released.where)
 
 
-def _mapper_arguments(released: Released, heads: int | None) -> tuple[int, str]:
+def _mapper_arguments(released: Released, heads: int | None) -> dict:
     heads = released.arguments.get("model_head") if heads is None else heads
     if not isinstance(heads, int):
         raise InputError(f"{released.where}: does not say how many attention heads the mapper has; give --heads")
     if released.arguments.get("qk_norm"):
         raise InputError(f"{released.where}: was trained with qk_norm, which this mapper does not have")
-    return heads, released.arguments.get("prediction", "x")
+    depth, prediction = (released.arguments.get(name) for name in ("model_depth", "prediction"))
+    return {
+        "heads": heads,
+        "prediction": prediction if isinstance(prediction, str) else "x",
+        "depth": depth if isinstance(depth, int) else None,
+    }
 
 
 # ---- training that goes on ---------------------------------------------------------------------------------
@@ -308,6 +333,22 @@ def training_state(path: str | os.PathLike, target: TrainState) -> TrainState:
         steps = count if released.steps is None else released.steps
         state = TrainState(step=np.int32(steps), params=params, opt_state=opt_state, ema=ema)
     return jax.tree.map(lambda leaf, like: jax.device_put(leaf, like.sharding), state, target)
+
+
+def check_start(path: str | os.PathLike, shapes: PyTree) -> None:
+    """Raises what `training_state` would raise for a model of these parameters, without reading the tensors."""
+    with open_released(path) as released:
+
+        def check(tensors: StateDict | None, what: str) -> None:
+            if tensors is not None:
+                where = f"{released.where}, {what}"
+                check_tensors(tensors, released_shapes(shapes), where, "the configured model in the release")
+
+        check(released.weights, "weights")
+        check(released.ema, "'ema'")
+        first, second, _ = _adam_state(released)
+        check(first, "exp_avg")
+        check(second, "exp_avg_sq")
 
 
 def _adam_state(released: Released) -> tuple[StateDict, StateDict, int]:
@@ -383,18 +424,27 @@ def bundle_from_released(
             voxels = released.arguments.get("num_voxels")
         if not isinstance(voxels, int):
             raise InputError(f"{os.fspath(mapper)}: does not say how many voxels the brain has; give --voxels")
+    if isinstance(voxels, Voxels) and voxels.normalisation == "run_zscore":
+        raise InputError(
+            "the data set was prepared with normalisation 'run_zscore', but the release was trained on betas / 2000; "
+            "prepare it with 'scale2000', or give the number of voxels instead"
+        )
     if isinstance(voxels, int):
         if voxels < 1:
             raise InputError(f"the number of voxels is {voxels}; expected at least 1")
         order = np.arange(voxels, dtype=np.int32)
         voxels = Voxels("unknown", "scale2000", ijk=None, volume_shape=None, affine=None, ncsnr=None, order=order)
-    config = Config(
-        name="released",
-        data=DataConfig(builder="arrays", normalisation="scale2000", voxel_order="given"),
-        brain_vae=vae_config,
-        mapper=mapper_settings,
-        calibrate=False,
-    )
+    try:
+        config = Config(
+            name="released",
+            data=DataConfig(builder="arrays", normalisation="scale2000", voxel_order="given"),
+            brain_vae=vae_config,
+            mapper=mapper_settings,
+            calibrate=False,
+        )
+    except InputError as error:
+        files = f"{os.fspath(brain_vae)} and {os.fspath(mapper)}"
+        raise InputError(f"{files} are not of one system: {error}") from error
     return Bundle.uncorrected(config, {"brain_vae": vae_params, "mapper": mapper_params}, voxels, dataset, None)
 
 

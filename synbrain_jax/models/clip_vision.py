@@ -39,7 +39,10 @@ class CLIPVisionConfig:
     """Of the MLPs: "gelu", the exact one, or "quick_gelu", x * sigmoid(1.702 x), with which OpenAI's were trained."""
     layer_norm_eps: float = 1e-5
     dtype: str = "float32"
-    """Compute type, "float32" or "bfloat16"; the residual stream, normalisation and softmax stay float32."""
+    """Compute type, "float32" or "bfloat16"; the residual stream, normalisation and softmax stay float32.
+
+    With "float32", products are full float32 on accelerators too, not TF32 or bfloat16 passes.
+    """
     remat: bool = False
     """Recompute each block in the backward pass."""
 
@@ -106,6 +109,11 @@ def quick_gelu(x: Float[Array, "*b c"]) -> Float[Array, "*b c"]:
 ACTIVATIONS = {"gelu": partial(nn.gelu, approximate=False), "quick_gelu": quick_gelu}
 
 
+def _precision(dtype: DTypeLike) -> jax.lax.Precision | None:
+    """Of products: GPUs and TPUs would otherwise round float32 factors to TF32 or bfloat16."""
+    return jax.lax.Precision.HIGHEST if jnp.dtype(dtype) == jnp.float32 else None
+
+
 def _layer_norm(config: CLIPVisionConfig, name: str | None = None) -> nn.LayerNorm:
     return nn.LayerNorm(config.layer_norm_eps, use_fast_variance=False, dtype=jnp.float32, name=name)
 
@@ -119,12 +127,14 @@ class SelfAttention(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
         # The three have an axis of their own, so that the last one is split by heads wherever it is split.
-        qkv = nn.DenseGeneral((3, x.shape[-1]), dtype=self.dtype, name="qkv")(x.astype(self.dtype))
+        exact = _precision(self.dtype)
+        project = nn.DenseGeneral((3, x.shape[-1]), dtype=self.dtype, precision=exact, name="qkv")
+        qkv = project(x.astype(self.dtype))
         q, k, v = rearrange(qkv, "b n three (h e) -> three b h n e", h=self.heads)
-        scores = jnp.einsum("bhqe,bhke->bhqk", q, k, preferred_element_type=jnp.float32)
+        scores = jnp.einsum("bhqe,bhke->bhqk", q, k, precision=exact, preferred_element_type=jnp.float32)
         weights = nn.softmax(scores * q.shape[-1] ** -0.5, axis=-1).astype(self.dtype)
-        out = rearrange(jnp.einsum("bhqk,bhke->bhqe", weights, v), "b h n e -> b n (h e)")
-        return nn.Dense(x.shape[-1], dtype=self.dtype, name="proj")(out)
+        out = rearrange(jnp.einsum("bhqk,bhke->bhqe", weights, v, precision=exact), "b h n e -> b n (h e)")
+        return nn.Dense(x.shape[-1], dtype=self.dtype, precision=exact, name="proj")(out)
 
 
 class MLP(nn.Module):
@@ -136,8 +146,9 @@ class MLP(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
-        h = nn.Dense(self.hidden, dtype=self.dtype, name="fc1")(x.astype(self.dtype))
-        return nn.Dense(x.shape[-1], dtype=self.dtype, name="fc2")(ACTIVATIONS[self.activation](h))
+        linear = partial(nn.Dense, dtype=self.dtype, precision=_precision(self.dtype))
+        h = linear(self.hidden, name="fc1")(x.astype(self.dtype))
+        return linear(x.shape[-1], name="fc2")(ACTIVATIONS[self.activation](h))
 
 
 class Block(nn.Module):
@@ -167,13 +178,14 @@ class CLIPVision(nn.Module):
     def setup(self):
         cfg, patch = self.config, (self.config.patch_size,) * 2
         init = nn.initializers.normal(cfg.width**-0.5)
-        self.patch_embed = nn.Conv(cfg.width, patch, patch, "VALID", use_bias=False, dtype=jnp.dtype(cfg.dtype))
+        linear = dict(use_bias=False, dtype=jnp.dtype(cfg.dtype), precision=_precision(cfg.dtype))
+        self.patch_embed = nn.Conv(cfg.width, patch, patch, "VALID", **linear)
         self.class_embedding = self.param("class_embedding", init, (cfg.width,))
         self.pos_embed = self.param("pos_embed", init, (1 + cfg.tokens, cfg.width))
         self.ln_pre, self.ln_post = _layer_norm(cfg), _layer_norm(cfg)
         # Inside a scan nothing could be merged with what is recomputed, so that need not be prevented.
         self.blocks = (nn.remat(Block, prevent_cse=False) if cfg.remat else Block)(cfg)
-        self.projection = nn.Dense(cfg.embed_dim, use_bias=False, dtype=jnp.dtype(cfg.dtype))
+        self.projection = nn.Dense(cfg.embed_dim, **linear)
 
     def hidden(self, pixels: Float[Array, "b h w 3"]) -> Float[Array, "b n d"]:
         """What the last block puts out, before the last normalisation, float32; the class token comes first.

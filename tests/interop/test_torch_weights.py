@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import json
 import math
 import os
 
@@ -19,13 +20,15 @@ from torch_writer import pickled, tensor, zip_file
 from synbrain_jax import load_pretrained
 from synbrain_jax.checkpoint import Bundle
 from synbrain_jax.cli import main
-from synbrain_jax.config import OptimizerConfig, Stage1Config, Stage2Config
+from synbrain_jax.config import DataConfig, OptimizerConfig, Stage1Config, Stage2Config
 from synbrain_jax.data.pairs import load_trials
 from synbrain_jax.data.voxels import Voxels
 from synbrain_jax.errors import InputError
+from synbrain_jax.evaluation import write_evaluation
 from synbrain_jax.interop import torch_weights
 from synbrain_jax.interop.torch_file import TorchFile
 from synbrain_jax.interop.torch_weights import (
+    check_start,
     from_released,
     read_brain_vae,
     read_mapper,
@@ -37,7 +40,8 @@ from synbrain_jax.interop.torch_weights import (
 from synbrain_jax.models.brain_vae import BrainVAE, BrainVAEConfig, brain_vae_shapes
 from synbrain_jax.models.semantic_to_neural import MapperConfig, mapper_shapes
 from synbrain_jax.sharding import make_mesh, state_sharding
-from synbrain_jax.stages import stage1, stage2
+from synbrain_jax.stages import check_starts, stage1, stage2
+from synbrain_jax.synthesis import SynBrain
 from synbrain_jax.training import fit, init_state, make_optimizer, make_train_step
 
 VAE_FILE, MAPPER_FILE = golden_set.folder / "ckpt_vae" / "last.pth", golden_set.folder / "ckpt_sit" / "last.pt"
@@ -135,6 +139,24 @@ def test_convert_takes_the_raw_weights_and_the_brain_of_a_data_set(tmp_path, tin
     assert_same_bits(
         {"pos_embed": np.asarray(bundle.params["mapper"]["pos_embed"])[None]}, {"pos_embed": model["pos_embed"]}
     )
+
+
+def test_a_brain_in_other_units_or_two_brains_are_refused(tiny_dataset):
+    voxels = dataclasses.replace(tiny_dataset.voxels, normalisation="run_zscore")
+    with pytest.raises(InputError, match="prepared with normalisation 'run_zscore', but the release"):
+        torch_weights.bundle_from_released(VAE_FILE, MAPPER_FILE, voxels=voxels)
+    files = ["--brain-vae", str(VAE_FILE), "--mapper", str(MAPPER_FILE), "--out", "never"]
+    with pytest.raises(SystemExit):
+        main(["convert", "from-torch", *files, "--voxels", "5", "--data", str(tiny_dataset.path)])
+
+
+def test_a_converted_bundle_can_be_evaluated(tmp_path, tiny_dataset):
+    config = tiny.config(data=DataConfig(voxel_order="given"))
+    bundle = Bundle.uncorrected(config, tiny.random_params(config), tiny_dataset.voxels, "x", None)
+    write_evaluation(SynBrain(bundle), tiny_dataset, tmp_path)
+    with np.load(tmp_path / "predictions.npz") as arrays:
+        assert "samples" not in arrays.files
+        assert {"trials", "trial_stimulus"} <= set(arrays.files)
 
 
 def test_the_number_of_voxels_is_read_off_the_checkpoint():
@@ -238,9 +260,33 @@ def test_a_missing_extra_or_misshapen_tensor_is_named(tmp_path, vae_tensors, key
         read_changed(tmp_path, vae_tensors | {key: wrong})
 
 
+def test_a_state_dict_alone_is_taken_with_or_without_the_prefix(tmp_path, vae_tensors):
+    prefixed = {f"module.{key}": value for key, value in vae_tensors.items()}
+    bare = save(tmp_path / "bare.pt", vae_tensors)
+    for config, params in (read_changed(tmp_path, prefixed), read_brain_vae(bare)):
+        assert config == golden_set.brain_vae_config("ckpt_brainvae")
+        assert_same_bits(to_released(params), vae_tensors)
+
+
+def test_weights_that_are_not_finite_are_named(tmp_path, vae_tensors):
+    key = SOME_KEYS[0]
+    with pytest.raises(InputError, match=rf"{key} holds values that are NaN or infinite"):
+        read_changed(tmp_path, vae_tensors | {key: np.full_like(vae_tensors[key], np.nan)})
+
+
+def test_a_block_that_is_missing_whole_is_named(tmp_path):
+    with TorchFile(MAPPER_FILE) as file:
+        arguments = dict(file.content["args"])
+    last = f"blocks.{golden_set.mapper_config().depth - 1}."
+    weights = {key: value for key, value in stored(MAPPER_FILE, "ema").items() if not key.startswith(last)}
+    path = save(tmp_path / "last.pt", {"model": weights, "ema": weights, "args": {**arguments, "betas": None}})
+    with pytest.raises(InputError, match=rf"{last}adaLN_modulation.1.bias.* missing"):
+        read_mapper(path)
+
+
 def test_integers_are_no_weights(tmp_path, vae_tensors):
     key = SOME_KEYS[0]
-    with pytest.raises(InputError, match=rf"{key} holds int64. Expected float32, float16, bfloat16"):
+    with pytest.raises(InputError, match=rf"{key} holds int64. All must hold float32, float16, bfloat16"):
         read_changed(tmp_path, vae_tensors | {key: vae_tensors[key].astype(np.int64)})
 
 
@@ -252,6 +298,7 @@ def test_integers_are_no_weights(tmp_path, vae_tensors):
         ({"model": {"a": 1}}, "'model': 'a' is a int; expected named tensors"),
         ({"model": {"a": np.zeros(1, np.float32), "module.a": np.zeros(1, np.float32)}}, "with and without the prefix"),
         ({"model": {"a": np.zeros(1, np.float32)}}, "encoder.conv_in.bias is missing"),
+        ({"a": np.zeros(1, np.float32)}, "encoder.conv_in.bias is missing"),
     ],
 )
 def test_other_files_are_refused(tmp_path, content, message):
@@ -296,7 +343,7 @@ def test_two_models_that_do_not_fit_each_other(tmp_path, vae_tensors):
     bundle = Bundle.uncorrected(config, tiny.random_params(config), VOXELS, "none", None)
     path = tmp_path / "mapper.safetensors"
     path.write_bytes(safetensors.numpy.save(torch_weights.released_from_bundle(bundle)["mapper"]))
-    with pytest.raises(InputError, match=r"brain_vae gives latents .* but mapper works on \[4, 8\]"):
+    with pytest.raises(InputError, match=r"last\.pth and .*mapper\.safetensors are not of one system: .*on \[4, 8\]"):
         torch_weights.bundle_from_released(VAE_FILE, path, heads=2, voxels=9)
 
 
@@ -351,7 +398,8 @@ def test_a_stage_goes_on_where_pytorch_stopped(started, tiny_dataset, tmp_path, 
     config, params, files, folder = started
     file = folder / {"stage1": "last.pth", "stage2": "last.pt"}[name]
     settings = dataclasses.replace(getattr(config, name), start_from=str(file))
-    config = dataclasses.replace(config, **{name: settings})
+    stage1_too = dataclasses.replace(config.stage1, start_from=str(folder / "last.pth"))
+    config = dataclasses.replace(config, **{"stage1": stage1_too, name: settings})
 
     def stage():
         validation = load_trials(tiny_dataset, "validation")
@@ -417,14 +465,41 @@ def test_a_state_that_cannot_go_on_is_named(started, tiny_dataset, tmp_path, cha
     )
     with pytest.raises(InputError, match=message):
         training_state(path, fresh)
+    if "NaN" not in message:  # seen without reading the tensors
+        with pytest.raises(InputError, match=message):
+            check_start(path, shapes)
 
 
-def test_a_run_that_starts_at_its_end_is_refused(started, tiny_dataset, tmp_path):
-    config, _, _, folder = started
-    settings = dataclasses.replace(config.stage1, steps=2, start_from=str(folder / "last.pth"))
+@pytest.mark.parametrize("steps", [1, 2, 9])
+def test_a_start_may_itself_be_the_result(started, tiny_dataset, tmp_path, steps):
+    """A run that has no more steps, or that the stop rule ends at once, as the release ended."""
+    config, params, _, folder = started
+    settings = dataclasses.replace(
+        config.stage1, steps=steps, stop_below=1e9, start_from=str(folder / "last.pth"), eval_every=4
+    )
     config = dataclasses.replace(config, stage1=settings)
     stage = stage1(config, tiny_dataset, load_trials(tiny_dataset, "validation"))
-    with pytest.raises(
-        InputError, match="stage1: there is no checkpoint to take: it began at step 2 and ended at step 2"
-    ):
-        fit(stage, config, make_mesh(devices=jax.devices()[:1]), tmp_path)
+    result = fit(stage, config, make_mesh(devices=jax.devices()[:1]), tmp_path)
+    jax.tree.map(np.testing.assert_array_equal, result, params["brain_vae"])
+    assert json.loads((tmp_path / "selected.json").read_text())["step"] == 2
+
+
+def test_files_to_start_from_are_checked_before_training(started, tmp_path):
+    config, _, _, folder = started
+    good = {"stage1": "last.pth", "stage2": "last.pt"}
+
+    def starts(**files):
+        stages = {
+            name: dataclasses.replace(getattr(config, name), start_from=str(folder / file))
+            for name, file in files.items()
+        }
+        return dataclasses.replace(config, **stages)
+
+    check_starts(starts(**good))
+    check_starts(config)
+    with pytest.raises(InputError, match=r"nothing\.pt"):
+        check_starts(starts(**good | {"stage2": "nothing.pt"}))
+    with pytest.raises(InputError, match=r"last\.pth, weights: .* missing"):
+        check_starts(starts(stage1="last.pth", stage2="last.pth"))
+    with pytest.raises(InputError, match=r"stage2\.start_from is given but stage1.start_from is not"):
+        starts(stage2="last.pt")
