@@ -88,10 +88,11 @@ def test_brain_vae_trace(vae_step, compare):
         seen.append([terms["mse"] * voxels, terms["kl"], terms["soft_clip"], terms["loss"]])
     for name, actual in (("losses", np.array(seen[:-1])), ("losses_after", np.array(seen[-1]))):
         compare_losses(compare, file, name, actual, VAE_TRAIN[name], VAE_TRAIN[f"{name}_f64"], 2e-6)
-    zero = golden_set.zero_gradients("grads")
+    zero, noise = golden_set.zero_gradients("grads"), golden_set.load_json("noise_brainvae.json")["train_final"]
     for key, ours in by_key(before.params).items():
         expected = our_array(key, VAE_TRAIN[f"final/{key}"])
-        compare(file, f"final/{key}", ours, expected, atol=1e-3 if key in zero else 5e-6)
+        atol = 1e-3 if key in zero else max(5e-6, 2 * noise[key]["max_abs_diff_f32_f64"])
+        compare(file, f"final/{key}", ours, expected, atol=atol)
 
 
 @pytest.mark.parametrize(("decay", "name"), [(0.9999, "ema"), (0.9, "ema09")])
@@ -107,7 +108,7 @@ def test_mapper_trace(compare, decay, name):
         losses.append(terms["loss"])
         norms.append(terms["grad_norm"])
     assert min(norms) < 1 < max(norms)  # clipped and not clipped
-    for column, actual, tolerance in (("losses", losses, 2e-6), ("grad_norms", norms, 1e-5)):
+    for column, actual, tolerance in (("losses", losses, 2e-6), ("grad_norms", norms, 1e-4)):
         stored, exact = SIT_TRAIN[column], SIT_TRAIN[f"{column}_f64"]
         compare_losses(compare, file, column, np.array(actual), stored, exact, tolerance)
     for kind, tree in (("final", state.params), (name, state.ema)):
@@ -116,12 +117,12 @@ def test_mapper_trace(compare, decay, name):
 
 
 def compare_losses(compare, file, name, actual, stored, exact, tolerance):
-    """Each number relative to itself. One batch is nearly solved from the start, and what is left of its loss is a
-    difference of equal numbers: where the release's own float32 is further from float64, so may ours be."""
-    limit = np.maximum(tolerance, 2 * np.abs(stored - exact) / np.abs(exact))
+    """Each number relative to itself, with two allowances. A mean square of differences that nearly cancel has an error
+    of about their rounding times its root; and where the release's own float32 is further from float64, ours may be."""
+    rounding = 1e-7 * np.sqrt(np.abs(exact) * np.abs(exact).max(axis=0))
+    limit = np.maximum(tolerance * np.abs(exact) + rounding, 2 * np.abs(stored - exact))
     for suffix, expected in (("", stored), ("_f64", exact)):
-        error = (actual - expected) / (limit * np.abs(expected))
-        compare(file, name + suffix, error, np.zeros_like(expected), atol=1.0)
+        compare(file, name + suffix, (actual - expected) / limit, np.zeros_like(expected), atol=1.0)
 
 
 def compare_trained(compare, file, name, ours, expected, atol):
