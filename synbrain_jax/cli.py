@@ -119,8 +119,8 @@ class _PictureOptions:
 
         pictures = open_pictures(images, self.background)
         if passed_over := pictures.passed_over:
-            what = "passed over, being no pictures by their suffix or links to folders"
-            print(f"note: {images}: {len(passed_over)} files {what}, e.g. {passed_over[0]}", file=sys.stderr)
+            what = f"{len(passed_over)} (no pictures by their suffix, or links to folders), e.g. {passed_over[0]}"
+            print(f"note: {images}: files passed over: {what}", file=sys.stderr)
         tower = {name: getattr(self, name) for name in ("preprocessing", "dtype", "heads", "activation")}
         return pictures, load_encoder(clip, **tower)
 

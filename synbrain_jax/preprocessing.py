@@ -49,12 +49,14 @@ def resize(images: Float[Array, "b h w c"], size: tuple[int, int]) -> Float[Arra
     """kornia's bicubic, antialiased, corner-aligned resize to `size` (rows, columns); the same size: unchanged."""
     if images.shape[1:3] == size:
         return images
-    rows, columns = (weights.toarray() for weights in _weights(images.shape[1:3], size))
+    # A matrix for each channel, and channels first: XLA (jax 0.10) cannot compile the plain products for GPUs when they
+    # are as large as a batch's.
+    weights = (one.toarray() for one in _weights(images.shape[1:3], size))
+    rows, columns = (jnp.broadcast_to(one, (images.shape[-1], *one.shape)) for one in weights)
     # GPUs and TPUs would round the factors to TF32 or bfloat16.
     product = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
-    # Channels go first, because XLA (jax 0.10) cannot compile these products for GPUs when they are last.
-    planes = product("yh,bchw->bcyw", rows, jnp.moveaxis(images, -1, 1))
-    return jnp.moveaxis(product("xw,bcyw->bcyx", columns, planes), 1, -1)
+    planes = product("cyh,bchw->bcyw", rows, jnp.moveaxis(images, -1, 1))
+    return jnp.moveaxis(product("cxw,bcyw->bcyx", columns, planes), 1, -1)
 
 
 def hugging_face(

@@ -1,6 +1,7 @@
 """Pictures to tokens on disk and on to fMRI: the numbers, what survives a kill, and what happens to bad pictures."""
 
 import dataclasses
+import hashlib
 import io
 import json
 import os
@@ -12,12 +13,14 @@ import time
 from pathlib import Path
 
 import h5py
+import huggingface_hub
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 import tiny
+from etils import epath
 from PIL import Image
 
 from synbrain_jax import encoding
@@ -28,7 +31,7 @@ from synbrain_jax.data import prepare_data
 from synbrain_jax.data.arrays import prepare_arrays
 from synbrain_jax.data.pairs import open_dataset
 from synbrain_jax.data.pictures import Pictures, open_pictures
-from synbrain_jax.data.tokens import open_tokens
+from synbrain_jax.data.tokens import StoredTokens, open_tokens, write_shard
 from synbrain_jax.data.voxels import Voxels
 from synbrain_jax.encoding import PictureEncoder, encode_images, load_encoder, synthesize_pictures
 from synbrain_jax.errors import InputError
@@ -121,6 +124,26 @@ def test_eight_devices_give_the_same(encoder, tmp_path):
     encode_images(pictures, encoder, tmp_path / "one", batch_size=8)
     encode_images(pictures, spread, tmp_path / "eight", batch_size=5)
     assert_close_as_bfloat16(open_tokens(tmp_path / "eight").tokens[:], open_tokens(tmp_path / "one").tokens[:])
+
+
+def test_a_batch_is_whole_and_stays_spread(encoder):
+    """So that no program is compiled for each number of pictures; the padding is dropped on the host."""
+    spread = make_encoder(mesh=make_mesh(2, 2, 2))
+    tokens = spread.encode([PICTURES[0]], 8)
+    assert tokens.shape == (8, 4, 8)
+    assert [shard.data.shape for shard in tokens.addressable_shards] == [(2, 4, 8)] * 8
+    assert_close_as_bfloat16(np.asarray(tokens[:1], np.float32), tower([released_on_host(PICTURES[0], 28)]))
+
+
+def test_the_description_is_of_the_weights_wherever_they_are(encoder):
+    """By the recipe, from the host's arrays; the encoder keeps none."""
+    spread = make_encoder(mesh=make_mesh(2, 2, 2))
+    assert not any(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(vars(spread)))
+    digest = hashlib.sha256()
+    for path, leaf in jax.tree.leaves_with_path(PARAMS):
+        digest.update(jax.tree_util.keystr(path).encode() + leaf.tobytes())
+    assert spread.description["tower"]["weights"] == digest.hexdigest()
+    assert spread.description == encoder.description
 
 
 def test_hugging_faces_preprocessing(tmp_path):
@@ -327,6 +350,45 @@ def test_a_shard_that_cannot_be_written_stops_the_run(encoder, tmp_path, monkeyp
     assert not (tmp_path / "stimuli.npz").exists()
 
 
+def test_a_cut_shard_is_named(encoder, tmp_path):
+    encode_images(PICTURES, encoder, tmp_path)
+    shard = next(tmp_path.glob("*-00000-of-*"))
+    whole = shard.read_bytes()
+    for size in (5000, len(whole) - 1, None):
+        shard.unlink() if size is None else shard.write_bytes(whole[:size])
+        with pytest.raises(InputError, match=r"-00000-of-00001: the shard is damaged \(.*\)\. Delete it and give"):
+            open_tokens(tmp_path)
+        if size is not None:
+            with pytest.raises(InputError, match=r"-00000-of-00001: the shard is damaged"):
+                encode_images(PICTURES, encoder, tmp_path)
+    encode_images(PICTURES, encoder, tmp_path)
+    assert len(open_tokens(tmp_path).tokens[:]) == len(SIZES)
+
+
+@pytest.mark.parametrize("content", ['{"source": "a', "3"])
+def test_a_damaged_manifest_is_named(content, encoder, tmp_path):
+    (tmp_path / "manifest.json").write_text(content)
+    with pytest.raises(InputError, match=r"manifest\.json: is damaged .* Delete the folder"):
+        encode_images(PICTURES, encoder, tmp_path)
+
+
+def test_a_place_for_something_else_is_refused(encoder, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="file: is a file; expected a folder"):
+        encode_images(PICTURES, encoder, tmp_path / "file")
+    (tmp_path / "features.json").touch()
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(InputError, match="holds another data set"):
+        encode_images(PICTURES, encoder, tmp_path)
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_shard_that_fails_leaves_nothing(tmp_path):
+    with pytest.raises(ValueError, match="zip"):
+        write_shard(epath.Path(tmp_path) / "shard", ["a", "b"], np.zeros((1, 2, 3), jnp.bfloat16))
+    assert not list(tmp_path.iterdir())
+
+
 def changed(array):
     array = array.copy()
     array.flat[0] += 1
@@ -525,6 +587,68 @@ def test_the_commands_lead_from_pictures_to_fmri(folder, tmp_path, capsys):
     direct, stored = (np.load(tmp_path / f"{name}.npz") for name in ("direct", "stored"))
     assert tuple(direct["stimulus_id"]) == tuple(stored["stimulus_id"]) == NAMES
     np.testing.assert_allclose(direct["fmri"], stored["fmri"], atol=2e-6 * np.abs(stored["fmri"]).max())
+
+
+def test_stored_tokens_are_read_in_parts(stored_folder, system, tmp_path, monkeypatch):
+    sizes, read = [], StoredTokens.__getitem__
+
+    def counted(self, rows):
+        found = read(self, rows)
+        sizes.append(len(found) if found.ndim == 3 else 1)
+        return found
+
+    save_bundle(tmp_path / "bundle", make_bundle())
+    arguments = ["--model", tmp_path / "bundle", "--tokens", stored_folder, "--out", tmp_path / "out.npz"]
+    monkeypatch.setattr(StoredTokens, "__getitem__", counted)
+    main(["synthesize", *map(os.fspath, arguments), "--batch-size", "1", "--k", "2", "--variability", "posterior"])
+    assert max(sizes) == 8 < len(SIZES)
+    expected = system.synthesize(open_tokens(stored_folder).tokens[:], jax.random.key(0), k=2, variability="posterior")
+    found = np.load(tmp_path / "out.npz")["fmri"]
+    np.testing.assert_allclose(found, expected, atol=2e-6 * np.abs(expected).max())
+
+
+def test_rows_that_are_left_out_are_told(folder, tmp_path, capsys):
+    """Every one of them in an .npz, however many; an .npy cannot tell."""
+    for index in range(12):
+        (folder / f"empty{index}.png").touch()
+    with open(os.path.join(os.fsencode(folder), b"caf\xe9.png"), "wb") as file:
+        file.write((folder / "0.png").read_bytes())
+    save_bundle(tmp_path / "bundle", make_bundle(32))
+    arguments = ["--clip", CLIP, "--images", folder, "--model", tmp_path / "bundle", "--batch-size", "8", "--out"]
+    with pytest.raises(SystemExit), plain_errors():
+        main(["synthesize", *map(os.fspath, arguments), os.fspath(tmp_path / "out.npy")])
+    assert "out.npy: an .npy cannot say which pictures have no row" in capsys.readouterr().err
+    assert not (tmp_path / "out.npy").exists()
+    main(["synthesize", *map(os.fspath, arguments), os.fspath(tmp_path / "out.npz")])
+    assert "and 5 more" in capsys.readouterr().err
+    found = np.load(tmp_path / "out.npz")
+    assert tuple(found["stimulus_id"]) == NAMES
+    bad = {"5.png", "6.jpg", r"caf\xe9.png", *(f"empty{index}.png" for index in range(12))}
+    assert set(found["unreadable"][:, 0]) == bad
+    assert {why.split(": ")[1] for name, why in found["unreadable"] if "empty" in name} == {
+        "the file is empty; expected a picture."
+    }
+    main(["encode-images", *map(os.fspath, [*arguments[:4], "--out", tmp_path / "tokens"])])
+    assert "note: " not in capsys.readouterr().err
+    assert open_tokens(tmp_path / "tokens").stimulus_id == NAMES
+    assert r"caf\xe9.png" in (tmp_path / "tokens" / "unreadable.txt").read_text()
+
+
+def test_files_that_are_passed_over_are_told(folder, tmp_path, capsys):
+    (folder / "7.heic").touch()
+    main(
+        ["encode-images", "--clip", os.fspath(CLIP), "--images", os.fspath(folder), "--out", os.fspath(tmp_path / "t")]
+    )
+    assert f"note: {folder}: files passed over: 1 (no pictures" in capsys.readouterr().err
+
+
+def test_a_processor_comes_from_the_hub_with_the_weights(tmp_path, monkeypatch):
+    shutil.copytree(CLIP, tmp_path / "hub")
+    config = {"size": {"shortest_edge": 28}, "crop_size": {"height": 28, "width": 28}, "image_std": [0.5, 0.5, 0.5]}
+    (tmp_path / "hub" / "preprocessor_config.json").write_text(json.dumps(config))
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, allow_patterns: os.fspath(tmp_path / "hub"))
+    encoder = load_encoder("org/name", mesh=ONE, preprocessing="hugging_face")
+    assert encoder.description["preprocessing"] == config
 
 
 def test_options_of_the_command_reach_the_encoder(folder, tmp_path):

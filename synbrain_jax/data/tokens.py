@@ -97,8 +97,8 @@ def check_shard(path: epath.Path) -> None:
     # array_record has no exceptions of its own.
     except Exception as error:
         raise InputError(
-            f"{path}: the shard is damaged ({' '.join(str(error).split())[:200]}). Delete it and give the command `synbrain "
-            "encode-images` again, which makes this one anew."
+            f"{path}: the shard is damaged ({' '.join(str(error).split())[:200]}). Delete it and give the command "
+            "`synbrain encode-images` again, which makes this one anew."
         ) from error
 
 

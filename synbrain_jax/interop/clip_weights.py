@@ -363,7 +363,7 @@ def local_clip(source: str | os.PathLike) -> Path:
         folder = Path(snapshot_download(source, allow_patterns=[CONFIG, PROCESSOR, WEIGHTS, INDEX]))
         if not (folder / WEIGHTS).exists() and (folder / INDEX).exists():
             shards = _vision_shards(folder / INDEX)
-            folder = Path(snapshot_download(source, allow_patterns=[CONFIG, PROCESSOR, INDEX, *shards]))
+            folder = Path(snapshot_download(source, allow_patterns=[CONFIG, INDEX, *shards]))
     except InputError:
         raise
     # The hub's client, its transport and the file system each have exceptions of their own.

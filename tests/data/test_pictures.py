@@ -36,6 +36,14 @@ def png_of_16_bits(samples) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
 
 
+def png_header(width, height) -> bytes:
+    """A grey picture of this size, all of whose pixels are missing."""
+    header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+    chunks = [header, b"IDAT" + zlib.compress(b""), b"IEND"]
+    parts = [struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk)) for chunk in chunks]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
 def grey_of(image):
     return np.repeat(image[..., :1], 3, axis=2)
 
@@ -171,6 +179,8 @@ def test_of_an_animation_the_first_frame_is_read(kind):
         (saved(RGB, "bmp")[:-60], "x: the picture is damaged"),
         (saved(RGB, "tiff")[:-160], "x: the picture is damaged"),
         (saved(RGB).replace(saved(RGB)[60:70], bytes(10)), "x: the picture is damaged"),
+        (png_header(20_000, 10_000), r"x: the picture is too large \(200000000 pixels; at most 178956970\)"),
+        (png_header(10_000, 9_000), r"x: the picture is damaged \((?!.*bomb)"),  # more than Pillow warns of
         (saved(np.ones((4, 4), np.float32), "tiff"), "x: holds floats of 32 bits"),
         (saved(np.ones((4, 4), np.int32), "tiff"), "x: holds integers of 32 bits"),
     ],
@@ -203,17 +213,48 @@ def test_a_folder_is_searched_in_the_order_of_names(tmp_path):
         pictures[5]
 
 
+def test_what_a_folder_holds_besides_is_told(tmp_path):
+    (tmp_path / "far" / "deep").mkdir(parents=True)
+    (tmp_path / "far" / "deep" / "b.png").write_bytes(saved(RGB))
+    folder = tmp_path / "here"
+    (folder / "sub").mkdir(parents=True)
+    (folder / "a.JFIF").write_bytes(saved(SMOOTH, "jpeg"))
+    (folder / "linked.png").symlink_to(tmp_path / "far" / "deep" / "b.png")
+    (folder / "links").symlink_to(tmp_path / "far")
+    for name in ("sub/nosuffix", "c.heic", ".hidden"):
+        (folder / name).touch()
+    pictures = open_pictures(folder)
+    assert pictures.names == ("a.JFIF", "linked.png")
+    assert pictures.passed_over == ("c.heic", "links", "sub/nosuffix")
+    assert pictures[0].shape == SMOOTH.shape
+    np.testing.assert_array_equal(pictures[1], RGB)
+
+
+def test_a_file_whose_name_is_not_utf8_is_named(tmp_path):
+    for name in (b"caf\xe9.png", "café.png".encode()):
+        with open(os.path.join(os.fsencode(tmp_path), name), "wb") as file:
+            file.write(saved(RGB))
+    pictures = open_pictures(tmp_path)
+    assert pictures.names == ("café.png", r"caf\xe9.png")
+    np.testing.assert_array_equal(pictures[0], RGB)
+    with pytest.raises(InputError, match=r"caf\\xe9\.png: the file's name is not UTF-8") as raised:
+        pictures[1]
+    str(raised.value).encode()
+
+
 def test_a_list_names_files_from_its_own_folder(tmp_path):
     (tmp_path / "here").mkdir()
     (tmp_path / "here" / "é 1.png").write_bytes(saved(RGB))
     (tmp_path / "far.png").write_bytes(saved(RGB[:3]))
-    lines = f"\ufeff{tmp_path / 'far.png'}\r\n\r\n  é 1.png \nabsent.png\n"
+    lines = f"\ufeff{tmp_path / 'far.png'}\r\n\r\n  é 1.png \nabsent.png\nnul\0.png\n"
     (tmp_path / "here" / "list.txt").write_text(lines)
     pictures = open_pictures(tmp_path / "here" / "list.txt")
-    assert pictures.names == (f"{tmp_path / 'far.png'}", "é 1.png", "absent.png")
+    assert pictures.names == (f"{tmp_path / 'far.png'}", "é 1.png", "absent.png", "nul\0.png")
     assert [pictures[i].shape for i in range(2)] == [(3, 9, 3), (6, 9, 3)]
     with pytest.raises(InputError, match=r"absent\.png: cannot be read \(No such file"):
         pictures[2]
+    with pytest.raises(InputError, match=r"nul\0\.png: cannot be read \(embedded null byte"):
+        pictures[3]
 
 
 def test_the_background_reaches_the_files(tmp_path):

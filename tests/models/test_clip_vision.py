@@ -196,6 +196,15 @@ def test_bfloat16_gives_float32_close_to_float32s():
     assert not any(re.search(r":bf16\[[\d,]*\] = (exp|rsqrt|reduce_sum|concatenate)", line) for line in lines)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "exact"), [("bfloat16", ["None"]), ("float32", ["(Precision.HIGHEST, Precision.HIGHEST)"] * 8)]
+)
+def test_float32_is_not_rounded_on_accelerators(dtype, exact):
+    """The patches' convolution and seven products; of these the program says nothing if they are as usual."""
+    found = re.findall(r"^ +precision=(.*)$", program(dtype=dtype), re.MULTILINE)
+    assert found == exact
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("stored", ["bfloat16", "float16"])
 def test_parameters_may_be_stored_in_half_precision(stored, dtype):
