@@ -180,7 +180,7 @@ class BrainVAE(nn.Module):
     """Variational autoencoder of fMRI patterns whose latent has the shape of the picture's CLIP tokens.
 
     >>> model = BrainVAE(BrainVAEConfig.small())
-    >>> params = model.init(jax.random.key(0), jnp.zeros((1, 530)), jax.random.key(1))["params"]
+    >>> params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 530)))["params"]
     >>> model.apply({"params": params}, jnp.zeros((2, 12, 32)), 530, method="decode").shape
     (2, 530)
     """
