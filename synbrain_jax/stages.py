@@ -22,7 +22,7 @@ from synbrain_jax.checkpoint import Bundle
 from synbrain_jax.config import Config, Stage1Config, Stage2Config
 from synbrain_jax.data.pairs import Dataset, Records, Trials, training_batches
 from synbrain_jax.files import read_npz, write_npz
-from synbrain_jax.interop.torch_weights import check_start, training_state
+from synbrain_jax.interop.torch_training import check_start, training_state
 from synbrain_jax.models.brain_vae import BrainVAE, brain_vae_shapes
 from synbrain_jax.models.semantic_to_neural import SemanticToNeural, mapper_shapes
 from synbrain_jax.synthesis import SynBrain, model_order

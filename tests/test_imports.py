@@ -40,6 +40,7 @@ FLOORS = [
     ],
     ["data.builder", "synthesis", "training", "report", "baselines"],
     ["interop.torch_weights", "encoding"],
+    ["interop.torch_training"],
     ["data.arrays", "data.haxby", "stages", "evaluation"],
     ["data"],
     ["cli"],

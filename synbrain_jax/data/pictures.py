@@ -225,6 +225,7 @@ def _tfds(path: Path, background: Background) -> Pictures:
     for split in builder.info.splits:
         try:
             splits[split] = builder.as_data_source(split, decoders={image: tfds.decode.SkipDecoding()})
+        # TFDS raises the one for formats without random access, the other where it looks for TensorFlow to read them.
         except (NotImplementedError, ModuleNotFoundError) as error:
             raise InputError(
                 f"{path}: the records are {builder.info.file_format.value} files, which need TensorFlow; prepare the "

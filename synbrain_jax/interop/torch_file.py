@@ -8,6 +8,8 @@ memory and a few MiB.
 Both layouts are understood, as torch/serialization.py of PyTorch 2 writes them: the zip archive (since PyTorch 1.6),
 whose checksums are verified for all that is read, and the older stream of pickles, which has no checksums: there,
 damage to the numbers goes unnoticed. Layout of archives: PKWARE's APPNOTE 6.3; of pickles: Python's `pickletools`.
+
+One long room on purpose: file, bytes, archive and pickle share one budget, and are only safe together.
 """
 
 import contextlib

@@ -1,8 +1,9 @@
 """The released system's checkpoints in terms of our parameters, and back.
 
 The release (MichaelMaiii/SynBrain) saves stage 1 as `last.pth` and stage 2 as `last.pt`; both hold weights, AdamW's
-state and a few settings. They are read by `TorchFile`, which executes nothing. A safetensors file of plain keys is
-taken as well. Every tensor is accounted for: one that is missing, left over, or of another shape is an error.
+state (for `torch_training.py`) and a few settings. They are read by `TorchFile`, which executes nothing. A safetensors
+file of plain keys is taken as well. Every tensor is accounted for: one that is missing, left over, or of another shape
+is an error.
 
 Sizes of the models are read off the shapes, each from several tensors, so that a single wrong tensor is found and does
 not decide. Layouts: a linear weight [out, in] becomes [in, out], a convolution's [out, in, width] becomes
@@ -15,9 +16,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 
-import jax
 import numpy as np
-import optax
 import safetensors.numpy
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import PyTree
@@ -32,12 +31,8 @@ from synbrain_jax.interop.torch_file import StoredTensor, TorchFile
 from synbrain_jax.models.brain_vae import BrainVAEConfig, brain_vae_shapes
 from synbrain_jax.models.layers import position_embedding
 from synbrain_jax.models.semantic_to_neural import MapperConfig, mapper_shapes
-from synbrain_jax.training import TrainState
 
 StateDict = Mapping[str, np.ndarray | StoredTensor]
-
-# What scale_by_adam does; a checkpoint made otherwise cannot go on as it was.
-ADAM = {"betas": (0.9, 0.999), "eps": 1e-8, "amsgrad": False, "maximize": False}
 
 # Our parameter path, joined by dots, to the release's key; each line is applied in turn.
 _RENAMED = [
@@ -300,98 +295,6 @@ def _mapper_arguments(released: Released, heads: int | None) -> dict:
         "prediction": prediction if isinstance(prediction, str) else "x",
         "depth": depth if isinstance(depth, int) else None,
     }
-
-
-# ---- training that goes on ---------------------------------------------------------------------------------
-
-
-def training_state(path: str | os.PathLike, target: TrainState) -> TrainState:
-    """The state in which PyTorch stopped: weights, their average, AdamW's moments and the number of steps.
-
-    The position in the data is not in the file. Learning rate and weight decay are the run's own.
-
-    Args:
-        path: `last.pth` or `last.pt`.
-        target: shapes, types and shardings (as jax.ShapeDtypeStruct) of the state of a run with the same model.
-
-    Raises:
-        InputError: the file is not such a checkpoint, is of another model, or holds another optimizer's state.
-    """
-    with open_released(path) as released:
-
-        def read(tensors: StateDict, what: str) -> PyTree:
-            return from_released(tensors, target.params, f"{released.where}, {what}")
-
-        params = read(released.weights, "weights")
-        first, second, count = _adam_state(released)
-        opt_state = optax.tree_utils.tree_set(
-            target.opt_state, count=np.int32(count), mu=read(first, "exp_avg"), nu=read(second, "exp_avg_sq")
-        )
-        ema = target.ema
-        if ema is not None:
-            ema = params if released.ema is None else read(released.ema, "'ema'")
-        steps = count if released.steps is None else released.steps
-        state = TrainState(step=np.int32(steps), params=params, opt_state=opt_state, ema=ema)
-    return jax.tree.map(lambda leaf, like: jax.device_put(leaf, like.sharding), state, target)
-
-
-def check_start(path: str | os.PathLike, shapes: PyTree) -> None:
-    """Raises what `training_state` would raise for a model of these parameters, without reading the tensors."""
-    with open_released(path) as released:
-
-        def check(tensors: StateDict | None, what: str) -> None:
-            if tensors is not None:
-                where = f"{released.where}, {what}"
-                check_tensors(tensors, released_shapes(shapes), where, "the configured model in the release")
-
-        check(released.weights, "weights")
-        check(released.ema, "'ema'")
-        first, second, _ = _adam_state(released)
-        check(first, "exp_avg")
-        check(second, "exp_avg_sq")
-
-
-def _adam_state(released: Released) -> tuple[StateDict, StateDict, int]:
-    """First and second moments by key, and the number of updates."""
-    where, optimizer = f"{released.where}, optimizer state", released.optimizer
-    if not isinstance(optimizer, dict) or not isinstance(optimizer.get("state"), dict):
-        raise InputError(f"{where}: is missing; expected that of AdamW, as the release saves it")
-    _check_adam_settings(optimizer.get("param_groups"), where)
-    entries = optimizer["state"]
-    first, second, counts = {}, {}, set()
-    # PyTorch numbers parameters in the order of the state dict, in which this model has nothing but parameters.
-    for index, (key, weight) in enumerate(released.weights.items()):
-        entry = entries.get(index)
-        if entry is None and key == "pos_embed":  # frozen
-            first[key] = second[key] = np.zeros(weight.shape, np.float32)
-            continue
-        if not isinstance(entry, dict) or not {"step", "exp_avg", "exp_avg_sq"} <= entry.keys():
-            raise InputError(f"{where}: nothing for {key}; was it frozen? Expected step, exp_avg and exp_avg_sq")
-        first[key], second[key] = entry["exp_avg"], entry["exp_avg_sq"]
-        counts.add(_number(entry["step"], f"{where}, step of {key}"))
-    if entries.keys() - range(len(released.weights)) or len(counts) != 1:
-        raise InputError(
-            f"{where}: {len(entries)} entries and steps {listed(counts)} for {len(released.weights)} tensors; expected "
-            "one entry each, with the same step"
-        )
-    return first, second, counts.pop()
-
-
-def _check_adam_settings(groups, where: str) -> None:
-    for group in groups if isinstance(groups, list) else [None]:
-        if not isinstance(group, dict):
-            raise InputError(f"{where}: no param_groups; expected AdamW's state dict")
-        for name, expected in ADAM.items():
-            given = group.get(name, expected)
-            if (tuple(given) if isinstance(given, list) else given) != expected:
-                raise InputError(f"{where}: {name} is {given}; only {expected} can go on here")
-
-
-def _number(value, where: str) -> int:
-    number = value.read() if isinstance(value, StoredTensor) else value
-    if np.shape(number) != () or not np.isfinite(number) or number < 1:
-        raise InputError(f"{where} is {number}; expected a number of at least 1")
-    return int(number)
 
 
 # ---- bundles -----------------------------------------------------------------------------------------------

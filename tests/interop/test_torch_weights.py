@@ -27,15 +27,14 @@ from synbrain_jax.errors import InputError
 from synbrain_jax.evaluation import write_evaluation
 from synbrain_jax.interop import torch_weights
 from synbrain_jax.interop.torch_file import TorchFile
+from synbrain_jax.interop.torch_training import check_start, training_state
 from synbrain_jax.interop.torch_weights import (
-    check_start,
     from_released,
     read_brain_vae,
     read_mapper,
     released_array,
     released_key,
     to_released,
-    training_state,
 )
 from synbrain_jax.models.brain_vae import BrainVAE, BrainVAEConfig, brain_vae_shapes
 from synbrain_jax.models.semantic_to_neural import MapperConfig, mapper_shapes

@@ -9,13 +9,13 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from golden_set import load, on_device
 
 from synbrain_jax.config import OptimizerConfig, Stage1Config, Stage2Config
+from synbrain_jax.interop.torch_training import training_state
 from synbrain_jax.interop.torch_weights import (
     from_released,
     our_array,
     read_brain_vae,
     read_mapper,
     released_key,
-    training_state,
 )
 from synbrain_jax.models.brain_vae import BrainVAE, brain_vae_shapes
 from synbrain_jax.models.semantic_to_neural import SemanticToNeural, mapper_shapes
