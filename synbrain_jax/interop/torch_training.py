@@ -80,9 +80,11 @@ def _adam_state(released: Released) -> tuple[StateDict, StateDict, int]:
         if entry is None and key == "pos_embed":  # frozen
             first[key] = second[key] = np.zeros(weight.shape, np.float32)
             continue
-        if not isinstance(entry, dict) or not {"step", "exp_avg", "exp_avg_sq"} <= entry.keys():
+        entry = entry if isinstance(entry, dict) else {}
+        moments = entry.get("exp_avg"), entry.get("exp_avg_sq")
+        if "step" not in entry or not all(isinstance(moment, StoredTensor) for moment in moments):
             raise InputError(f"{where}: nothing for {key}; was it frozen? Expected step, exp_avg and exp_avg_sq")
-        first[key], second[key] = entry["exp_avg"], entry["exp_avg_sq"]
+        first[key], second[key] = moments
         counts.add(_number(entry["step"], f"{where}, step of {key}"))
     if entries.keys() - range(len(released.weights)) or len(counts) != 1:
         raise InputError(

@@ -449,6 +449,7 @@ def test_a_stage_goes_on_where_pytorch_stopped(started, tiny_dataset, tmp_path, 
             lambda content: content["optimizer"]["state"][0].update(exp_avg=np.zeros(3, np.float32)),
             r"exp_avg: decoder\.conv_in\.\w+ has shape \[3\], expected",
         ),
+        (lambda content: content["optimizer"]["state"][0].update(exp_avg=3), "nothing for decoder.conv_in.bias"),
         (lambda content: content["model"].popitem(), "weights: .* missing"),
     ],
 )
