@@ -27,4 +27,5 @@ config = Config(
         optimizer=OptimizerConfig(learning_rate=1e-4, clip_norm=1.0, ema_decay=0.9999),
         eval_every=2500,
     ),
+    precision="auto",
 )

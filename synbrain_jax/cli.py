@@ -4,9 +4,13 @@ import contextlib
 import dataclasses
 import functools
 import importlib.util
+import json
+import logging
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+import traceback
+import types
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -16,8 +20,10 @@ import tyro
 from tyro.conf import arg, subcommand
 
 from synbrain_jax.config import Config, nearest
-from synbrain_jax.errors import InputError, NonFiniteLoss
-from synbrain_jax.files import read_array, read_npz, write_bytes, write_npy, write_npz
+from synbrain_jax.data.simulated_brain import Simulation
+from synbrain_jax.distributed import Processes, leave, start
+from synbrain_jax.errors import InputError, NonFiniteLoss, NotStored, Stopped
+from synbrain_jax.files import read_array, read_npz, read_text, write_bytes, write_npy, write_npz
 from synbrain_jax.synthesis import Variability, load_pretrained
 
 # ---- synbrain ------------------------------------------------------------------------------------
@@ -32,6 +38,8 @@ def main(arguments: list[str] | None = None) -> None:
         "evaluate": evaluate,
         "report": report,
         "convert": convert,
+        "simulate": simulate,
+        "plan": plan,
     }
     with plain_errors():
         tyro.extras.subcommand_cli_from_dict(verbs, prog="synbrain", args=arguments)
@@ -86,9 +94,65 @@ def _arrays(
     )
 
 
+def _nsd(
+    root: Path,
+    subject: int,
+    data_dir: Path | None = None,
+    tokens: Path | None = None,
+    normalisation: Literal["session_zscore", "scale2000", "none"] = "session_zscore",
+    test: Literal["shared", "test515"] = "shared",
+    validation_share: float = 0.1,
+    betas: str = "betas_fithrf_GLMdenoise_RR",
+    permute: Literal["none", "trial"] = "none",
+    seed: int = 0,
+    show: Annotated[bool, arg(name="list")] = False,
+    download: bool = False,
+) -> Callable[[], os.PathLike | str]:
+    """A subject of the Natural Scenes Dataset, from the files that NSD publishes. Given again after a stop, it goes on.
+
+    Args:
+        root: Folder with NSD's own layout: nsddata, nsddata_betas.
+        subject: 1 to 8.
+        data_dir: Folder for prepared data sets.
+        tokens: Folder that `encode-images` wrote from nsd_stimuli.hdf5.
+        normalisation: "session_zscore" z-scores each voxel within each session; "scale2000" divides what the files hold
+            by 2000, as the SynBrain release does; "none" is percent signal change.
+        test: "shared" tests on the 1,000 pictures that were meant for all subjects; "test515" on the 515 that all saw
+            three times, and validates on the other shared ones.
+        validation_share: Of the pictures that are not shared.
+        betas: Version of the betas.
+        permute: "trial" permutes the stimulus labels of the training trials, as a control.
+        seed: Of the validation pictures and of the permutation.
+        show: Print the files in NSD's bucket that this subject needs, and stop.
+        download: Fetch those files into `root`, and stop. NSD asks you to agree to its terms first.
+    """
+    if show or download:
+        from synbrain_jax.data import nsd_download
+
+        return functools.partial(nsd_download.show if show else nsd_download.download, root, subject, betas=betas)
+    if data_dir is None or tokens is None:
+        raise InputError("--data-dir and --tokens: both are needed, except with --list or --download")
+    from synbrain_jax.data.nsd import prepare_nsd
+
+    return functools.partial(
+        prepare_nsd,
+        root,
+        subject,
+        data_dir,
+        tokens=tokens,
+        normalisation=normalisation,
+        test=test,
+        validation_share=validation_share,
+        betas=betas,
+        seed=seed,
+        permute=permute,
+    )
+
+
 _Prepare = (
     Annotated[Callable, subcommand("haxby2001", constructor=_haxby2001)]
     | Annotated[Callable, subcommand("arrays", constructor=_arrays)]
+    | Annotated[Callable, subcommand("nsd", constructor=_nsd)]
 )
 
 
@@ -174,6 +238,7 @@ def synthesize(
     noise_factor: float = 1.0,
     seed: int = 0,
     batch_size: int = 32,
+    nifti: Path | None = None,
     options: Annotated[_PictureOptions, arg(name="")] = _PictureOptions(),
 ) -> None:
     """Synthesise fMRI, from pictures (--images and --clip) or from their tokens (--tokens).
@@ -194,6 +259,8 @@ def synthesize(
         noise_factor: Multiplies the latent noise.
         seed: Of the samples.
         batch_size: Stimuli per call of the compiled function.
+        nifti: .nii.gz or .nii file to write, too: volumes in the person's own space, where a brain viewer shows them.
+            Along the fourth axis come the samples of the first stimulus, then those of the second, and so on.
     """
     if out.suffix not in (".npz", ".npy"):
         raise InputError(f"--out {out}: expected a name that ends in .npz or .npy")
@@ -203,18 +270,13 @@ def synthesize(
     key, unreadable = jax.random.key(seed), {}
     if images is None:
         names, given = _read_tokens(tokens)
-        system = load_pretrained(model)
-        if isinstance(given, np.ndarray):
-            fmri = system.synthesize(given, key, **draw)
-        else:  # on disk: perhaps more than fits into memory
-            some = max(1, 8 * batch_size)
-            starts = range(0, len(given), some)
-            fmri = np.concatenate([system.synthesize(given[i : i + some], key, first=i, **draw) for i in starts])
+        system = _load_system(model, nifti)
+        fmri = system.synthesize(given, key, **draw)
     else:
         from synbrain_jax.encoding import synthesize_pictures
 
         pictures, encoder = options.open(images, clip)
-        system = load_pretrained(model, encoder.mesh)
+        system = _load_system(model, nifti, encoder.mesh)
         result = synthesize_pictures(system, encoder, pictures, key, **draw)
         unreadable = result.unreadable
         listed = (
@@ -232,7 +294,23 @@ def synthesize(
         known = {"stimulus_id": names, "voxel_ijk": system.bundle.voxels.ijk}
         known["unreadable"] = np.array(list(unreadable.items())) if unreadable else None
         write_npz(out, {"fmri": fmri, **{name: value for name, value in known.items() if value is not None}})
+    if nifti is not None:
+        from synbrain_jax.interop.nifti import save_nifti
+
+        order = f"volume {k} i + j: stimulus i, sample j (from 0)"
+        save_nifti(nifti, fmri.reshape(-1, fmri.shape[-1]), system.bundle.voxels, description=order)
+        print(f"{nifti}: {fmri.shape[0] * k} volumes")
     print(f"{out}: {fmri.shape[0]} stimuli x {fmri.shape[1]} samples x {fmri.shape[2]} voxels")
+
+
+def _load_system(model: Path, nifti: Path | None, mesh: jax.sharding.Mesh | None = None):
+    """The trained system; InputError if its voxels cannot be written as `nifti`."""
+    system = load_pretrained(model, mesh)
+    if nifti is not None:
+        from synbrain_jax.interop.nifti import check_nifti
+
+        check_nifti(nifti, system.bundle.voxels)
+    return system
 
 
 def _read_tokens(source: Path) -> tuple[np.ndarray | None, Any]:
@@ -262,14 +340,17 @@ def evaluate(model: Path, data: Path, out: Path, split: str = "test", shift_toke
         model: Bundle folder of a trained system.
         data: Prepared data set folder.
         out: Folder for the results.
-        split: Split to score; the baselines learn from "train".
+        split: Split to score; the baselines learn from "train", or as much of it as the model did.
         shift_tokens: Control: stimulus i gets the tokens of stimulus i + this.
     """
     from synbrain_jax.data.pairs import open_dataset
     from synbrain_jax.evaluation import write_evaluation
     from synbrain_jax.report import format_table
 
-    print(format_table(write_evaluation(load_pretrained(model), open_dataset(data), out, split, shift_tokens)))
+    system = load_pretrained(model)
+    learned = system.bundle.config.data
+    dataset = open_dataset(data).limited(learned.sessions, learned.stimuli)
+    print(format_table(write_evaluation(system, dataset, out, split, shift_tokens)))
 
 
 def report(workdir: tyro.conf.Positional[Path]) -> None:
@@ -353,13 +434,93 @@ def convert(direction: Annotated[_Convert, arg(name="")]) -> None:
     print(direction())
 
 
+def simulate(
+    layout: tyro.conf.Positional[Literal["nsd"]], out: Path, settings: Annotated[Simulation, arg(name="")]
+) -> None:
+    """Simulate an experiment with a known truth, to learn the commands or to test a model.
+
+    Args:
+        layout: "nsd": files, units and indices as in the Natural Scenes Dataset.
+        out: New folder for it.
+    """
+    from synbrain_jax.data.simulate import simulate_nsd, statement
+
+    print(statement(simulate_nsd(out, **dataclasses.asdict(settings))))
+
+
+def plan(
+    config: tyro.conf.Positional[Path],
+    topology: str,
+    change: tuple[str, ...] = (),
+    voxels: int = 15_724,
+    samples: int = 32,
+    programs: tuple[Literal["stage1", "stage2", "synthesis", "encoding"], ...] = (
+        "stage1",
+        "stage2",
+        "synthesis",
+        "encoding",
+    ),
+) -> None:
+    """Say whether a run fits a TPU slice or GPUs, and how long it takes at the least, without having them.
+
+    Compiles the steps of both stages, synthesis and image encoding for that machine (minutes for each), and prints what
+    each chip holds, computes and sends. Needs XLA's compiler for it: the extra tpu or cuda12.
+
+    Args:
+        config: Name of a file in configs/, path of such a file, or a run's config.json.
+        topology: v5e:2x4, v5p:4x4x4, h100:8, ...
+        change: Settings to change, as stage1.batch_size=1024 mesh.tensor=2 brain_vae.remat=true.
+        voxels: Of the brain; hardly matters.
+        samples: Pictures at once in synthesis and encoding, on all chips together.
+        programs: What to compile.
+    """
+    from synbrain_jax import plan as planning
+
+    jax.config.update("jax_platforms", "cpu")  # or it would look for the devices that it compiles for
+    settings = _changed(_config(config), change)
+    print(planning.plan(settings, topology, voxels=voxels, samples=samples, programs=programs))
+
+
+def _config(where: Path) -> Config:
+    """That of a name, an experiment's file, or a run's config.json."""
+    if where.suffix == ".json":
+        return Config.from_json(read_text(where))
+    path = where if where.suffix == ".py" else Path("configs") / f"{where}.py"
+    if not path.is_file():
+        known = sorted(found.stem for found in path.parent.glob("*.py"))
+        raise InputError(f"{where}: there is no experiment {path}{nearest(path.stem, known) if known else ''}")
+    return _experiment(path).config
+
+
+def _changed(config: Config, changes: Sequence[str]) -> Config:
+    """`config` with settings such as "stage1.batch_size=1024"; values as in JSON, or plain text."""
+    tree = json.loads(config.to_json())
+    for change in changes:
+        name, equals, value = change.partition("=")
+        if not equals:
+            raise InputError(f"--change {change}: expected a setting and a value, as in stage1.batch_size=1024")
+        *parents, last = name.split(".")
+        place = tree
+        for parent in parents:
+            place = place.setdefault(parent, {})
+        try:
+            place[last] = json.loads(value)
+        except json.JSONDecodeError:
+            place[last] = value
+    return Config.from_json(json.dumps(tree))
+
+
 # ---- train.py ------------------------------------------------------------------------------------
+
+
+_ONE_PROCESS = Processes()
 
 
 def run_settings(arguments: list[str], folder: Path) -> tuple[Config, Path]:
     """Configuration and workdir of `train.py NAME [--workdir DIR] [--section.field value ...]`; `folder` holds NAME.py.
 
-    Raises InputError for an unknown NAME; unknown or misspelt options end the program with a suggestion.
+    Joins the other processes, where `--distributed` says that there are any. Raises InputError for an unknown NAME, or
+    if they are not found; unknown or misspelt options end the program with a suggestion.
     """
     known = sorted(path.stem for path in folder.glob("*.py"))
     if not arguments or arguments[0] in ("-h", "--help"):
@@ -368,28 +529,76 @@ def run_settings(arguments: list[str], folder: Path) -> tuple[Config, Path]:
     name = arguments[0]
     if name not in known:
         raise InputError(f"{name!r} is not an experiment in {folder.name}/{nearest(name, known)}")
-    spec = importlib.util.spec_from_file_location(f"configs.{name}", folder / f"{name}.py")
+    module = _experiment(folder / f"{name}.py")
+
+    def settings(
+        config: Annotated[Config, arg(name="")] = module.config,
+        workdir: Path = Path("runs") / name,
+        processes: Annotated[Processes, arg(name="")] = _ONE_PROCESS,
+    ):
+        return config, workdir, processes
+
+    *result, processes = tyro.cli(settings, args=arguments[1:], prog=f"train.py {name}", description=module.__doc__)
+    start(processes)
+    return tuple(result)
+
+
+def _experiment(path: Path) -> types.ModuleType:
+    """The module of a file in configs/."""
+    spec = importlib.util.spec_from_file_location(f"configs.{path.stem}", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-
-    def settings(config: Annotated[Config, arg(name="")] = module.config, workdir: Path = Path("runs") / name):
-        return config, workdir
-
-    return tyro.cli(settings, args=arguments[1:], prog=f"train.py {name}", description=module.__doc__)
+    return module
 
 
 @contextlib.contextmanager
 def plain_errors() -> Iterator[None]:
-    """Ends the program with one line on stderr: exit code 2 for wrong input, 1 for a diverged loss, 130 for Ctrl-C."""
+    """Ends the program with one line on stderr: exit code 2 for wrong input, 1 for a diverged loss, a full disk or
+    another process that is gone, 0 for SIGTERM, 130 for Ctrl-C."""
+    with _quiet_threads():
+        hurry = False
+        try:
+            yield
+        except InputError as error:
+            code, message = 2, f"error: {error}"
+        except (NonFiniteLoss, OSError) as error:
+            code, message, hurry = 1, f"error: {error}", isinstance(error, NotStored)
+        except Exception as error:
+            if not jax.distributed.is_initialized():
+                raise
+            if not isinstance(error, jax.errors.JaxRuntimeError):
+                traceback.print_exc()
+            first = (str(error).splitlines() or [type(error).__name__])[0]
+            code = 1
+            message = (
+                f"error: {first}. Did another process of this run end first? The same commands go on with the run."
+            )
+        except Stopped as stop:
+            code, message = 0, str(stop)
+        except KeyboardInterrupt:
+            code, message = 130, "stopped. The same command goes on from the last checkpoint."
+        else:
+            return
+        print(message, file=sys.stderr)
+        leave(code, hurry)
+
+
+@contextlib.contextmanager
+def _quiet_threads() -> Iterator[None]:
+    """Hides what the threads of Orbax and TensorStore print, at length, of errors that they raise as well."""
+    loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
+    levels, hook = [logger.level for logger in loggers], sys.unraisablehook
+
+    def unraisable(error):
+        if str(error.exc_value) != "Event loop is closed":
+            hook(error)
+
+    sys.unraisablehook = unraisable
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
     try:
         yield
-    except InputError as error:
-        code, message = 2, f"error: {error}"
-    except NonFiniteLoss as error:
-        code, message = 1, f"error: {error}"
-    except KeyboardInterrupt:
-        code, message = 130, "stopped. The same command goes on from the last checkpoint."
-    else:
-        return
-    print(message, file=sys.stderr)
-    raise SystemExit(code)
+    finally:
+        sys.unraisablehook = hook
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

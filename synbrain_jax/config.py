@@ -17,15 +17,32 @@ from synbrain_jax.models.semantic_to_neural import MapperConfig
 class DataConfig:
     """Which data set, and how its trials become training examples."""
 
-    builder: Literal["haxby2001", "arrays", "prepared"] = "haxby2001"
-    """The packaged experiment, your own arrays, or a data set that is already prepared."""
+    builder: Literal["haxby2001", "arrays", "nsd", "prepared"] = "haxby2001"
+    """The packaged experiment, your own arrays, the Natural Scenes Dataset's files, or a data set that is already
+    prepared."""
     source: str | None = None
-    """arrays: an .npz file, or a folder of .npy files, with fmri, tokens, stimulus_id, run. prepared: its folder."""
+    """arrays: an .npz file, or a folder of .npy files, with fmri, tokens, stimulus_id, run. nsd: the folder that has
+    nsddata and nsddata_betas. prepared: its folder."""
+    more_sources: tuple[str, ...] = ()
+    """prepared: folders of further subjects, to train one model on all."""
+    subjects: tuple[int, ...] = (1,)
+    """nsd: whose brain, 1 to 8; one model is trained on all that are given."""
     tokens: str | None = None
-    """arrays: a folder that `synbrain encode-images` wrote, where `source` has no tokens."""
-    normalisation: Literal["none", "run_zscore", "scale2000"] = "none"
-    """arrays: leave the values as they are, z-score each voxel within each run, or divide by 2000 (as the release does
-    with the Natural Scenes Dataset's int16 betas)."""
+    """arrays, nsd: a folder that `synbrain encode-images` wrote; arrays: where `source` has no tokens."""
+    normalisation: Literal["none", "run_zscore", "session_zscore", "scale2000"] = "none"
+    """arrays, nsd: leave the values as they are, z-score each voxel within each run (arrays) or session (nsd), or
+    divide by 2000 (as the release does with the Natural Scenes Dataset's int16 betas)."""
+    betas: str = "betas_fithrf_GLMdenoise_RR"
+    """nsd: folder of the responses."""
+    test: Literal["shared", "test515"] = "shared"
+    """nsd: test on the pictures that all subjects were to see, or only on the 515 that all eight saw three times."""
+    validation_share: float = 0.1
+    """nsd: of the other pictures, held out for validation."""
+    sessions: int | None = None
+    """Learn from the first so many scan sessions alone; none: from all."""
+    stimuli: int | None = None
+    """Learn from the training stimuli that were presented first, so many of them; none: from all. The paper's hour is
+    250."""
     test_runs: tuple[int, ...] = ()
     """arrays: runs held out for the test. Without runs and without a `split` array, a share of the stimuli is."""
     validation_runs: tuple[int, ...] = ()
@@ -60,13 +77,16 @@ class Stage1Config:
 
     steps: int = 1000
     batch_size: int = 24
+    accumulate: int = 1
+    """Parts of a batch that are computed one after the other, for memory. soft-CLIP then contrasts within a part (or,
+    with contrast_size, within the same groups as without), and each part draws its own latent noise."""
     optimizer: OptimizerConfig = OptimizerConfig(weight_decay=0.05)
     kl_weight: float = 0.001
     """Multiplies the KL (nats), against the sum of squared errors over voxels."""
     clip_weight: float = 1000 / 15724
     """Multiplies soft-CLIP: against the squared error per voxel, or with "sum" against its sum over voxels."""
     contrast_size: int | None = None
-    """Samples among which soft-CLIP contrasts, in the batch's order; None: the whole batch."""
+    """Samples among which soft-CLIP contrasts, in the batch's order; None: the whole batch, over all devices."""
     loss_scale: Literal["voxel", "sum"] = "voxel"
     """All terms divided by the number of voxels, so that one setting serves every subject; or their plain sum."""
     average_share: float = 0.0
@@ -88,6 +108,8 @@ class Stage2Config:
 
     steps: int = 1000
     batch_size: int = 24
+    accumulate: int = 1
+    """Parts of a batch that are computed one after the other, for memory; the gradient is that of the whole."""
     optimizer: OptimizerConfig = OptimizerConfig(clip_norm=1.0, ema_decay=0.99)
     target: Literal["stimulus_mean", "trial"] = "stimulus_mean"
     """Latents averaged over the trials of a stimulus and computed once (the same minimiser with less variance), or the
@@ -124,6 +146,9 @@ class Config:
     stage1: Stage1Config = Stage1Config()
     stage2: Stage2Config = Stage2Config()
     mesh: MeshConfig = MeshConfig()
+    precision: Literal["auto", "float32", "bfloat16"] | None = None
+    """What both models compute in: "auto" is bfloat16 on GPUs and TPUs and float32 on CPUs; None: as brain_vae.dtype
+    and mapper.dtype say. Parameters, optimizer, normalisation, softmax, losses and averages are float32 in any case."""
     calibrate: bool = True
     """Correct the decoded pattern by an offset per voxel (from training) and one gain (from validation)."""
     log_every: int = 20
@@ -137,8 +162,12 @@ class Config:
             f"[{mapper.tokens}, {mapper.width}]; they must be equal (0 everywhere: as the data set's tokens)",
         )
         for name, stage in (("stage1", self.stage1), ("stage2", self.stage2)):
-            for field in ("steps", "batch_size", "eval_every"):
+            for field in ("steps", "batch_size", "accumulate", "eval_every"):
                 _check(getattr(stage, field) >= 1, f"{name}.{field}", getattr(stage, field), "at least 1")
+            divides = stage.batch_size % stage.accumulate == 0
+            _check(
+                divides, f"{name}.accumulate", stage.accumulate, f"a divisor of {name}.batch_size, {stage.batch_size}"
+            )
             optimizer, at = stage.optimizer, f"{name}.optimizer"
             _check(optimizer.learning_rate > 0, f"{at}.learning_rate", optimizer.learning_rate, "above 0")
             _check(optimizer.warmup_steps >= 0, f"{at}.warmup_steps", optimizer.warmup_steps, "at least 0")
@@ -151,6 +180,12 @@ class Config:
         size, contrast, stop = self.stage1.batch_size, self.stage1.contrast_size, self.stage1.stop_below
         divides = contrast is None or (contrast >= 1 and size % contrast == 0)
         _check(divides, "stage1.contrast_size", contrast, f"a divisor of stage1.batch_size, {size}, or none")
+        accumulate = self.stage1.accumulate
+        _require(
+            size % (accumulate * (contrast or 1)) == 0,
+            f"stage1.accumulate is {accumulate}: its parts of the batch of {size} would cut groups of contrast_size = "
+            f"{contrast} samples; expected a divisor of {size // (contrast or 1)}",
+        )
         _check(stop is None or stop > 0, "stage1.stop_below", stop, "above 0, or none")
         _require(
             self.stage2.start_from is None or self.stage1.start_from is not None,
@@ -179,6 +214,14 @@ class Config:
                 f"brain_vae.latent_dim to {shape[1]}, or all four to 0"
             )
         return self
+
+    def for_platform(self, platform: str) -> "Config":
+        """This config for "cpu", "gpu" or "tpu": both models' types are what `precision` means there."""
+        if self.precision is None:
+            return self
+        dtype = self.precision if self.precision != "auto" else "float32" if platform == "cpu" else "bfloat16"
+        brain_vae, mapper = (dataclasses.replace(model, dtype=dtype) for model in (self.brain_vae, self.mapper))
+        return dataclasses.replace(self, brain_vae=brain_vae, mapper=mapper)
 
     def to_json(self) -> str:
         """JSON text with every field."""

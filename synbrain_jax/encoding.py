@@ -15,14 +15,13 @@ import itertools
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
-import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
-from etils import epath
+from etils import epath, epy
 from jax.sharding import Mesh
 from jaxtyping import Array, BFloat16, Float, PRNGKeyArray, PyTree, UInt8
 from tqdm import tqdm
@@ -34,8 +33,12 @@ from synbrain_jax.files import read_text, write_text
 from synbrain_jax.interop.clip_weights import PROCESSOR, load_clip_vision, local_clip
 from synbrain_jax.models.clip_vision import CLIPVision, CLIPVisionConfig
 from synbrain_jax.preprocessing import hugging_face, released, released_on_host
-from synbrain_jax.sharding import batch_parts, batch_sharding, make_mesh, state_sharding
+from synbrain_jax.sharding import batch_parts, batch_sharding, make_mesh, on_mesh, param_sharding
 from synbrain_jax.synthesis import SynBrain, Variability
+
+# Imported when first used: models, losses and steps serve where these are not installed.
+with epy.lazy_imports():
+    import grain
 
 UNREADABLE_FILE = "unreadable.txt"
 _SHARD = 256  # pictures, about: what a killed run loses at most
@@ -70,8 +73,8 @@ class PictureEncoder:
         self._processor_config = None
         if preprocessing == "hugging_face":
             self._processor_config = _processor_config(config.image_size, processor_config)
-        self._params = jax.device_put(params, state_sharding(params, self.mesh))
-        self._encode = jax.jit(functools.partial(encode_batch, config), out_shardings=batch_sharding(self.mesh))
+        self._params = jax.device_put(params, param_sharding(params, self.mesh))
+        self._encode = jit_encoder(config, self.mesh)
 
     @functools.cached_property
     def description(self) -> dict[str, Any]:
@@ -149,6 +152,11 @@ def encode_batch(
     """What the devices do: tokens of 8-bit pictures or of normalised pixels, rounded as data sets hold them."""
     pixels = released(images, config.image_size) if images.dtype == jnp.uint8 else images
     return CLIPVision(config).apply({"params": params}, pixels).tokens.astype(jnp.bfloat16)
+
+
+def jit_encoder(config: CLIPVisionConfig, mesh: Mesh) -> Callable[[PyTree, Array], BFloat16[Array, "b t d"]]:
+    """`encode_batch` compiled over `mesh`."""
+    return jax.jit(on_mesh(functools.partial(encode_batch, config), mesh), out_shardings=batch_sharding(mesh))
 
 
 # ---- to tokens on disk -----------------------------------------------------------------------------------------------

@@ -11,3 +11,11 @@ class InputError(ValueError):
 
 class NonFiniteLoss(RuntimeError):
     """Training met a loss that is NaN or infinite; the message says at which step and which terms."""
+
+
+class NotStored(OSError):
+    """A checkpoint could not be written; the message says where, and why."""
+
+
+class Stopped(KeyboardInterrupt):
+    """The run was asked to stop, and all that it needs to go on is on the disk."""

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from synbrain_jax import metrics
 from synbrain_jax.baselines import baseline_predictions
@@ -29,8 +29,12 @@ from synbrain_jax.files import write_npz, write_text
 from synbrain_jax.synthesis import SynBrain
 
 CEILING_DRAWS = 100
-SAMPLES = 8  # per stimulus, for the figure of samples beside trials
-MAX_SIMULATED_VALUES = 500_000_000  # over all draws: 10 draws at 3,000 trials of 15,724 voxels
+MIN_CEILING_R = 0.3  # of a voxel, to be scored as a share of it: below, the division mostly magnifies noise
+MIN_ROI_VOXELS = 10
+CONTROL_PREDICTIONS = 500  # at least one shift of the tokens, and all of them where that is fewer predictions
+SAMPLES, SAMPLED_STIMULI = 8, 100  # per stimulus, for the figure of samples beside trials
+READ_TOGETHER = 64  # stimuli whose tokens are in memory at a time: 110 MB for CLIP's
+MAX_SIMULATED_VALUES = 200_000_000  # over all draws: 4 draws at 3,000 trials of 15,724 voxels
 
 
 # ---- scores ----------------------------------------------------------------------------------------
@@ -40,10 +44,13 @@ MAX_SIMULATED_VALUES = 500_000_000  # over all draws: 10 draws at 3,000 trials o
 class Evaluation:
     """What `evaluate` returns.
 
-    report: the content of report.json, {"dataset", "split", "n_stimuli", "n_trials", "n_voxels", "scores"}.
-    arrays: for figures and re-analysis, float32 unless said: stimulus_id [s] (text), prediction, target and both
-      centred over stimuli (prediction_centred, target_centred) [s v], voxel_r [v] of the model, voxel_r_ceiling [v]
-      where stimuli repeat, and prediction_NAME [s v] of every other row but the ceiling.
+    report: the content of report.json, {"dataset", "split", "n_stimuli", "n_trials", "n_voxels", "scores"}; where
+      stimuli repeat also "reliable" {"ceiling_r_above", "n_voxels"} (`voxel_scores`); where the data set names regions
+      also "rois" {name: {"n_voxels", "rows": {row: `voxel_scores`}}} and "rois_left_out" {name: number of voxels},
+      those with fewer than MIN_ROI_VOXELS.
+    arrays: for figures and re-analysis, float32 unless said: stimulus_id [s] (text), prediction and target [s v],
+      voxel_r [v] of the model, voxel_r_ceiling [v] where stimuli repeat, and prediction_NAME [s v] of every other row
+      but the ceiling.
     """
 
     report: dict[str, Any]
@@ -79,22 +86,19 @@ def evaluate(
     taken = {"model", "noise_ceiling", *baselines}.intersection(extra or {})
     if taken:
         raise InputError(f"extra: {', '.join(sorted(taken))} is a row of its own; give this prediction another name")
-    scores = {name: score(prediction, test) for name, prediction in rows.items()}
+    ceiling = estimate_noise_ceiling(train, validation, test, voxels)
+    ceiling_r = None if ceiling is None else ceiling.voxel_r
+    scores = {name: score(prediction, test, ceiling_r) for name, prediction in rows.items()}
 
     target = stimulus_targets(test)
+    voxel_r = {name: np.asarray(metrics.voxel_pearson(prediction, target)) for name, prediction in rows.items()}
     arrays = {
         "stimulus_id": np.array(test.stimulus_id),
         "prediction": model_prediction,
         "target": target,
-        "prediction_centred": metrics.centred(model_prediction),
-        "target_centred": metrics.centred(target),
-        "voxel_r": np.asarray(metrics.voxel_pearson(model_prediction, target)),
+        "voxel_r": voxel_r["model"],
         **{f"prediction_{name}": prediction for name, prediction in rows.items() if name != "model"},
     }
-    ceiling = estimate_noise_ceiling(train, validation, test, voxels)
-    if ceiling is not None:
-        scores["noise_ceiling"] = ceiling.scores
-        arrays["voxel_r_ceiling"] = ceiling.voxel_r
     report = {
         "dataset": dataset,
         "split": split,
@@ -103,18 +107,63 @@ def evaluate(
         "n_voxels": test.fmri.shape[1],
         "scores": scores,
     }
-    return Evaluation(report, arrays)
+    if ceiling is not None:
+        scores["noise_ceiling"] = ceiling.scores
+        arrays["voxel_r_ceiling"] = voxel_r["noise_ceiling"] = ceiling.voxel_r
+        reliable = int(np.sum(ceiling.voxel_r > MIN_CEILING_R))
+        report["reliable"] = {"ceiling_r_above": MIN_CEILING_R, "n_voxels": reliable}
+    return Evaluation(report | roi_report(voxel_r, ceiling_r, voxels.rois), arrays)
 
 
-def score(prediction: Float[np.ndarray, "s v"], trials: Trials) -> dict[str, float]:
+def roi_report(
+    voxel_r: Mapping[str, Float[np.ndarray, "v"]],
+    ceiling_r: Float[np.ndarray, "v"] | None,
+    rois: Mapping[str, Bool[np.ndarray, "v"]],
+) -> dict[str, Any]:
+    """`voxel_scores` of every row (model, ridge, ...) in every region, as `Evaluation` says; {} without regions."""
+    if not rois:
+        return {}
+    sizes = {name: int(inside.sum()) for name, inside in rois.items()}
+    scored = {name: inside for name, inside in rois.items() if sizes[name] >= MIN_ROI_VOXELS}
+
+    def within(inside: Bool[np.ndarray, "v"]) -> dict[str, dict[str, float]]:
+        ceiling = None if ceiling_r is None else ceiling_r[inside]
+        return {row: voxel_scores(r[inside], ceiling) for row, r in voxel_r.items()}
+
+    return {
+        "rois": {name: {"n_voxels": sizes[name], "rows": within(inside)} for name, inside in scored.items()},
+        "rois_left_out": {name: size for name, size in sizes.items() if name not in scored},
+    }
+
+
+def voxel_scores(r: Float[np.ndarray, "v"], ceiling_r: Float[np.ndarray, "v"] | None = None) -> dict[str, float]:
+    """Voxel r summarised over voxels, and as a share of what can be reached.
+
+    voxel_r_mean and voxel_r_median are over all v voxels. Where `ceiling_r`, the noise ceiling of r, is given, two more
+    are over the reliable voxels alone, those whose ceiling is above MIN_CEILING_R (9 % of variance), and left out if
+    there is none: voxel_r_normalised_median, the median of r / ceiling; and voxel_r2_normalised_mean, the mean of r^2
+    / ceiling^2, where r below 0 counts as 0 and a share above 1 as 1 (the convention of the Brain Encoding Response
+    Generator, BERG).
+    """
+    scores = {"voxel_r_mean": float(np.mean(r)), "voxel_r_median": float(np.median(r))}
+    if ceiling_r is not None and (reliable := ceiling_r > MIN_CEILING_R).any():
+        share = r[reliable] / ceiling_r[reliable]
+        scores["voxel_r_normalised_median"] = float(np.median(share))
+        scores["voxel_r2_normalised_mean"] = float(np.mean(np.clip(share, 0, 1) ** 2))
+    return scores
+
+
+def score(
+    prediction: Float[np.ndarray, "s v"], trials: Trials, ceiling_r: Float[np.ndarray, "v"] | None = None
+) -> dict[str, float]:
     """All metrics of one prediction per stimulus of `trials`; finite numbers.
 
-    Against the target (`stimulus_targets`): voxel_r_mean and voxel_r_median (over voxels), pattern_r, mse, cosine
-    (means over stimuli), explained_variance (median over voxels). With prediction and target both centred over the
-    stimuli, so that a pattern common to all earns nothing: pattern_r_centred, identification_top1,
-    identification_two_way (means over stimuli). Where every run holds every stimulus, centring the target is the
-    same as removing each run's mean over its stimuli. Against each single trial, as the SynBrain paper reports:
-    trial_mse, trial_pattern_r, trial_cosine (means over trials).
+    Against the target (`stimulus_targets`): the `voxel_scores`, as a share of the noise ceiling too if it is given;
+    pattern_r, mse, cosine (means over stimuli), explained_variance (median over voxels). With prediction and target
+    both centred over the stimuli, so that a pattern common to all earns nothing: pattern_r_centred,
+    identification_top1, identification_two_way (means over stimuli). Where every run holds every stimulus, centring
+    the target is the same as removing each run's mean over its stimuli. Against each single trial, as the SynBrain
+    paper reports: trial_mse, trial_pattern_r, trial_cosine (means over trials).
 
     Raises InputError where the prediction has the wrong shape or is not finite, or `trials` has fewer than two
     stimuli or one without a trial.
@@ -126,10 +175,10 @@ def score(prediction: Float[np.ndarray, "s v"], trials: Trials) -> dict[str, flo
         )
     if not np.isfinite(prediction).all():
         raise InputError("prediction holds NaN or infinite values; check the model that made it")
-    scores = _scores(
-        prediction, metrics.centred(prediction), target, metrics.centred(target), trials.fmri, trials.stimulus
+    voxel_r, scores = jax.device_get(
+        _scores(prediction, metrics.centred(prediction), target, metrics.centred(target), trials.fmri, trials.stimulus)
     )
-    return {name: float(value) for name, value in jax.device_get(scores).items()}
+    return voxel_scores(voxel_r, ceiling_r) | {name: float(value) for name, value in scores.items()}
 
 
 @jax.jit
@@ -140,12 +189,9 @@ def _scores(
     target_centred: Float[Array, "s v"],
     fmri: Float[Array, "n v"],
     stimulus: Int[Array, "n"],
-) -> OrderedDict[str, Float[Array, ""]]:  # a plain dict would come out of jit sorted by name
-    voxel_r = metrics.voxel_pearson(prediction, target)
+) -> tuple[Float[Array, "v"], OrderedDict[str, Float[Array, ""]]]:  # jit would sort a plain dict by name
     of_trial = prediction[stimulus]
-    return OrderedDict(
-        voxel_r_mean=jnp.mean(voxel_r),
-        voxel_r_median=jnp.median(voxel_r),
+    return metrics.voxel_pearson(prediction, target), OrderedDict(
         pattern_r=jnp.mean(metrics.pattern_pearson(prediction, target)),
         pattern_r_centred=jnp.mean(metrics.pattern_pearson(prediction_centred, target_centred)),
         mse=jnp.mean(metrics.mse(prediction, target)),
@@ -177,13 +223,29 @@ def stimulus_targets(trials: Trials) -> Float[np.ndarray, "s v"]:
 def shifted_tokens_control(
     predict: Callable[[Float[np.ndarray, "s t d"]], Float[np.ndarray, "s v"]], test: Trials
 ) -> float:
-    """Mean pattern_r_centred over the s - 1 cyclic shifts of the tokens: no stimulus is given its own tokens.
+    """Mean pattern_r_centred over cyclic shifts of the tokens: no stimulus is given its own tokens.
 
-    About -1 / (s - 1) of the true score if the prediction follows the tokens, the true score if it ignores them.
+    Over all s - 1 shifts where that is at most CONTROL_PREDICTIONS predictions, else over as many as that allows,
+    evenly spaced. About -1 / (s - 1) of the true score if the prediction follows the tokens, the true score if it
+    ignores them.
     """
     target = metrics.centred(stimulus_targets(test))
-    shifted = (predict(np.roll(test.tokens, shift, axis=0)) for shift in range(1, len(target)))
+    n_shifts = np.clip(CONTROL_PREDICTIONS // len(target), 1, len(target) - 1)
+    shifts = np.linspace(0, len(target), n_shifts + 2).round().astype(int)[1:-1]
+    shifted = (predict_shifted(predict, test.tokens, int(shift)) for shift in shifts)
     return float(np.mean([metrics.pattern_pearson(metrics.centred(patterns), target) for patterns in shifted]))
+
+
+def predict_shifted(
+    predict: Callable[[Float[np.ndarray, "_ t d"]], Float[np.ndarray, "_ v"]], tokens: Any, shift: int
+) -> Float[np.ndarray, "s v"]:
+    """What `predict` gives for each stimulus i from the tokens of stimulus i + shift (cyclic), a part at a time.
+
+    `tokens` is [s t d], an array or anything that gives one for some rows.
+    """
+    given = np.roll(np.arange(len(tokens)), -shift)
+    starts = range(0, len(given), READ_TOGETHER)
+    return np.concatenate([predict(tokens[given[start : start + READ_TOGETHER]]) for start in starts])
 
 
 def write_evaluation(
@@ -191,8 +253,9 @@ def write_evaluation(
 ) -> dict[str, Any]:
     """Evaluates a trained system on a split of a data set; writes report.json and predictions.npz into `folder`.
 
-    Beside the arrays of `Evaluation`, predictions.npz holds the split's trials [n v] with trial_stimulus [n], and
-    samples [s k v], drawn with the spread of BrainVAE's posterior if the bundle knows it.
+    Beside the arrays of `Evaluation`, predictions.npz holds, for at most SAMPLED_STIMULI stimuli evenly spaced over the
+    split, sampled_id [m] (text), their trials [n v] with trial_stimulus [n], and samples [m k v], drawn with the spread
+    of BrainVAE's posterior if the bundle knows it.
 
     Args:
         shift_tokens: as a control, the model is given the tokens of stimulus i + shift_tokens for stimulus i.
@@ -201,9 +264,8 @@ def write_evaluation(
         The report.
     """
     train, validation, test = (load_trials(dataset, name) for name in ("train", "validation", split))
-    tokens = np.roll(test.tokens, -shift_tokens, axis=0)
     evaluation = evaluate(
-        model.predict(tokens),
+        predict_shifted(model.predict, test.tokens, shift_tokens),
         train=train,
         validation=validation,
         test=test,
@@ -213,8 +275,12 @@ def write_evaluation(
     )
     controls = {"shifted_tokens_pattern_r_centred": shifted_tokens_control(model.predict, test)}
     report = {**evaluation.report, "subject": dataset.voxels.subject, "gain": model.bundle.gain, "controls": controls}
-    arrays = {"trials": test.fmri, "trial_stimulus": test.stimulus}
+    stimuli = np.unique(np.linspace(0, len(test.stimulus_id) - 1, SAMPLED_STIMULI).round().astype(int))
+    own = np.isin(test.stimulus, stimuli)
+    arrays = {"sampled_id": evaluation.arrays["stimulus_id"][stimuli], "trials": test.fmri[own]}
+    arrays["trial_stimulus"] = np.searchsorted(stimuli, test.stimulus[own]).astype(np.int32)
     if model.bundle.latent_std is not None:
+        tokens = test.tokens[(stimuli + shift_tokens) % len(test.stimulus_id)]
         arrays["samples"] = model.synthesize(tokens, jax.random.key(0), k=SAMPLES, variability="posterior")
     write_npz(epath.Path(folder) / "predictions.npz", {**evaluation.arrays, **arrays})
     write_text(epath.Path(folder) / "report.json", json.dumps(report, indent=2) + "\n")
@@ -264,17 +330,16 @@ def estimate_noise_ceiling(train: Trials, validation: Trials, test: Trials, voxe
     voxel_r = metrics.noise_ceiling_r(voxels.ncsnr, averaged).astype(np.float32)
 
     # A mean of K repeats lies closer to them than the truth does: K - 1 parts of K of the noise variance.
-    widen = np.sqrt(n_repeats / np.maximum(n_repeats - 1, 1))[stimulus][:, None]
+    widen = np.sqrt(n_repeats / np.maximum(n_repeats - 1, 1))[stimulus][:, None].astype(np.float32)
     rng = np.random.default_rng(0)
     draws = []
     for _ in range(int(np.clip(MAX_SIMULATED_VALUES // test.fmri.size, 1, CEILING_DRAWS))):
         row = _draw_residuals(rng, repeats, run, test)
         repeat = repeats.fmri[repeats.of_trial[row]]
         residual = fmri[row] - repeat + widen[row] * (repeat - means[stimulus[row]])
-        simulated = (truth[test.stimulus] + residual).astype(np.float32)
-        draws.append(score(truth, dataclasses.replace(test, fmri=simulated)))
-    scores = {name: float(np.mean([draw[name] for draw in draws])) for name in draws[0]}
-    scores |= {"voxel_r_mean": float(np.mean(voxel_r)), "voxel_r_median": float(np.median(voxel_r))}
+        draws.append(score(truth, dataclasses.replace(test, fmri=truth[test.stimulus] + residual)))
+    known = voxel_scores(voxel_r, voxel_r)
+    scores = known | {name: float(np.mean([draw[name] for draw in draws])) for name in draws[0] if name not in known}
     return NoiseCeiling(scores, voxel_r)
 
 

@@ -3,6 +3,8 @@
 Shape letters: b batch, v voxels, t latent tokens, d latent width.
 """
 
+from collections.abc import Callable
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -37,6 +39,7 @@ def soft_clip(
     tokens: Float[Array, "b t d"],
     temperature: float = SOFT_CLIP_TEMPERATURE,
     contrast_size: int | None = None,
+    place: Callable[[Array], Array] = lambda rows: rows,
 ) -> Float[Array, ""]:
     """Contrastive loss whose targets are the similarities among the pictures themselves (SynBrain, section 3.2).
 
@@ -44,16 +47,26 @@ def soft_clip(
     which latents may resemble it and how much; the cross-entropy to it is taken from latents to tokens and from tokens
     to latents. The contrast is over all b samples; or, with `contrast_size` n, among each n that follow one another
     (the mean over these groups; n must divide b), as where devices contrast only their own share of a batch.
+
+    `place` says how the flattened samples [b, t * d] lie on devices. Split by features (`sharding.split_features`), no
+    device holds all of them: what is summed over devices is the [b, b] similarities.
     """
     chex.assert_equal_shape([latents, tokens])
-    if contrast_size is not None:
-        if len(latents) % contrast_size:
-            raise ValueError(f"contrast_size is {contrast_size}; it must divide the batch of {len(latents)}")
-        groups = (a.reshape(-1, contrast_size, *a.shape[1:]) for a in (latents, tokens))
-        return jax.vmap(lambda *group: soft_clip(*group, temperature))(*groups).mean()
-    latents, tokens = _unit_rows(latents), _unit_rows(tokens)
-    target = jax.nn.softmax(tokens @ tokens.T / temperature, axis=-1)
-    similarity = latents @ tokens.T / temperature
+    latents, tokens = (place(_unit_rows(a)) for a in (latents, tokens))
+    if contrast_size is None:
+        return _soft_clip(latents, tokens, temperature)
+    if len(latents) % contrast_size:
+        raise ValueError(f"contrast_size is {contrast_size}; it must divide the batch of {len(latents)}")
+    groups = (rows.reshape(-1, contrast_size, rows.shape[1]) for rows in (latents, tokens))
+    return jax.vmap(lambda *group: _soft_clip(*group, temperature))(*groups).mean()
+
+
+def _soft_clip(latents: Float[Array, "n f"], tokens: Float[Array, "n f"], temperature: float) -> Float[Array, ""]:
+    def similarities(a, b):
+        return jnp.matmul(a, b.T, precision="highest") / temperature
+
+    target = jax.nn.softmax(similarities(tokens, tokens), axis=-1)
+    similarity = similarities(latents, tokens)
 
     def cross_entropy(logits):
         return -(target * jax.nn.log_softmax(logits, axis=-1)).sum(-1).mean()

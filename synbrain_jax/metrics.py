@@ -150,7 +150,11 @@ def centred(patterns: Float[np.ndarray, "s v"]) -> Float[np.ndarray, "s v"]:
 
 def group_means(values: Float[np.ndarray, "n v"], group: Int[np.ndarray, "n"]) -> Float[np.ndarray, "g v"]:
     """Mean of the rows of each group, in ascending order of the group's number; float32, summed in float64."""
-    return np.stack([values[rows].mean(axis=0, dtype=np.float64) for rows in group_rows(group)]).astype(np.float32)
+    groups = group_rows(group)
+    means = np.empty((len(groups), values.shape[1]), np.float32)
+    for mean, rows in zip(means, groups, strict=True):  # one by one: all of them in float64 may be gigabytes
+        mean[:] = values[rows].mean(axis=0, dtype=np.float64)
+    return means
 
 
 def group_rows(group: Int[np.ndarray, "n"]) -> list[Int[np.ndarray, "_"]]:

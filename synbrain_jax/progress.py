@@ -8,11 +8,14 @@ import os
 import sys
 import time
 
-from etils import epath
-from tensorboardX import SummaryWriter
+from etils import epath, epy
 from tqdm import tqdm
 
+from synbrain_jax.distributed import is_first
 from synbrain_jax.files import read_text, write_text
+
+with epy.lazy_imports():  # not needed to make a step
+    import tensorboardX
 
 SELECTED_FILE = "selected.json"  # appears when a stage has ended
 
@@ -33,7 +36,7 @@ class Progress:
         write_text(self._lines, "".join(kept))
 
     def __enter__(self) -> "Progress":
-        self._events = SummaryWriter(os.fspath(self._folder / "events"), purge_step=self._start + 1)
+        self._events = tensorboardX.SummaryWriter(os.fspath(self._folder / "events"), purge_step=self._start + 1)
         self._terminal = sys.stderr.isatty()
         self._bar = tqdm(
             total=self._steps, initial=self._start, desc=self._name, unit="step", disable=not self._terminal
@@ -72,3 +75,20 @@ class Progress:
         """Notes which checkpoint validation picked."""
         text = json.dumps({"step": step, "metric": metric, "value": value})
         write_text(self._folder / SELECTED_FILE, text + "\n")
+
+
+class Silence:
+    """Takes what `Progress` takes, in the processes that do not write, and does nothing."""
+
+    def __enter__(self) -> "Silence":
+        return self
+
+    def _nothing(self, *_) -> None:
+        pass
+
+    __exit__ = log = advance = write_selected = _nothing
+
+
+def open_progress(folder: str | os.PathLike, name: str, start: int, steps: int) -> Progress | Silence:
+    """A `Progress`, if this is the process that writes."""
+    return Progress(folder, name, start, steps) if is_first() else Silence()

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from synbrain_jax import figures, files
+from synbrain_jax import brain_figures, figures, files, metrics
 from synbrain_jax.data.voxels import Voxels
 from synbrain_jax.errors import InputError
 
@@ -39,6 +39,10 @@ TRIAL_COLUMNS = (
     ("trial_cosine", "cosine", ""),
 )
 TRIAL_HEADING = "Against single trials, the columns of the SynBrain paper:"
+SHARE_COLUMNS = (
+    ("voxel_r_normalised_median", "r/ceiling", "median"),
+    ("voxel_r2_normalised_mean", "r²/ceil.²", "mean"),
+)
 
 STAGES = {"stage1": "Stage 1, BrainVAE", "stage2": "Stage 2, semantic-to-neural mapper"}
 
@@ -47,8 +51,9 @@ STAGES = {"stage1": "Stage 1, BrainVAE", "stage2": "Stage 2, semantic-to-neural 
 
 
 def format_table(report: dict[str, Any]) -> str:
-    """The scores of one run (the content of `report.json`) as plain text, at most 110 columns wide.
+    """The scores of one run (the content of `report.json`) as plain text.
 
+    At most 110 columns wide, where regions have names of up to 30 letters.
     A score that is missing, null or not finite is a dash.
     """
     return _render(report, _text_block)
@@ -79,9 +84,34 @@ def _render(report: dict[str, Any], block: Callable[[list[list[str]], list[list[
         ],
         [TRIAL_HEADING],
         table(TRIAL_COLUMNS),
-        _closing(report),
     ]
+    if reliable := report.get("reliable"):
+        count, threshold = reliable["n_voxels"], reliable["ceiling_r_above"]
+        heading = f"As a share of the noise ceiling, over the {count:,} voxels whose ceiling of r is above {threshold}:"
+        paragraphs += [[heading], table(SHARE_COLUMNS)]
+    if "rois" in report:
+        paragraphs += _regions(report, block)
+    paragraphs.append(_closing(report))
     return "\n\n".join("\n".join(lines) for lines in paragraphs) + "\n"
+
+
+def _regions(report: dict[str, Any], block: Callable[[list[list[str]], list[list[str]]], list[str]]) -> list[list[str]]:
+    """Paragraphs with a row for each region: the median voxel r of the model and all others."""
+    names = [name for name in NAMES if name in report["scores"]]
+    upper, _, lower = zip(*(name.partition("_") for name in names), strict=True)
+    heads = [["", "voxels", *upper, "model"], ["", "", *lower, "r/ceiling"]]
+    rows = []
+    for region, content in report["rois"].items():
+        medians = [_cell(content["rows"].get(name, {}).get("voxel_r_median")) for name in names]
+        share = _cell(content["rows"]["model"].get("voxel_r_normalised_median"))
+        rows.append([region, f"{content['n_voxels']:,}", *medians, share])
+    paragraphs = []
+    if rows:
+        heading = "Regions, median voxel r; the last column is over their reliable voxels alone:"
+        paragraphs += [[heading], block(heads, rows)]
+    if left_out := [f"{name} ({size})" for name, size in report["rois_left_out"].items()]:
+        paragraphs.append([f"Regions with too few voxels: {', '.join(left_out)}."])
+    return paragraphs
 
 
 def _headline(report: dict[str, Any]) -> str:
@@ -149,11 +179,13 @@ def _read_run(workdir: epath.Path) -> _Run:
             f"{workdir / 'report.json'}: no field {', '.join(sorted(missing))}; run `synbrain evaluate` again"
         )
     arrays = _read_arrays(_need(workdir / "predictions.npz", workdir))
+    # Where several subjects were trained together, the folder of one is within the run's.
+    trained = next((folder for folder in (workdir, workdir.parent) if (folder / "stage1").exists()), workdir)
     return _Run(
         report=report,
         arrays=arrays,
         voxels=_read_voxels(workdir, arrays["voxel_r"].size),
-        stages={title: read_curves(workdir, stage) for stage, title in STAGES.items()},
+        stages={title: read_curves(trained, stage) for stage, title in STAGES.items()},
     )
 
 
@@ -177,7 +209,7 @@ def _read_json(path: epath.Path, workdir: epath.Path) -> dict[str, Any]:
 
 def _read_arrays(path: epath.Path) -> dict[str, np.ndarray]:
     arrays = files.read_npz(path)
-    needed = {"stimulus_id", "prediction_centred", "target_centred", "voxel_r", "samples", "trials", "trial_stimulus"}
+    needed = {"stimulus_id", "prediction", "target", "voxel_r", "sampled_id", "samples", "trials", "trial_stimulus"}
     if needed - arrays.keys():
         missing = ", ".join(sorted(needed - arrays.keys()))
         raise InputError(f"{path}: no array {missing}; run `synbrain evaluate` again")
@@ -224,8 +256,9 @@ def read_curves(workdir: str | os.PathLike, stage: str) -> figures.Curves:
 
 
 def write_figures(workdir: str | os.PathLike) -> list[epath.Path]:
-    """Draws loss_curves, patterns, voxel_r and samples into `workdir/figures/*.png`; returns the paths.
+    """Draws loss_curves, patterns, voxel_r, samples, regions, slices into `workdir/figures/*.png`; returns the paths.
 
+    No regions where the data set names none; no slices where the voxels lie in one slice or their places are unknown.
     All inputs are read before the first file is written. Raises InputError where one is missing.
     """
     workdir = epath.Path(workdir)
@@ -276,15 +309,20 @@ def machine() -> str:
 def _draw(run: _Run, folder: epath.Path) -> list[epath.Path]:
     arrays, voxels = run.arrays, run.voxels
     stimuli, ceiling = arrays["stimulus_id"], arrays.get("voxel_r_ceiling")
+    target, prediction = metrics.centred(arrays["target"]), metrics.centred(arrays["prediction"])
     title = f"{run.report['dataset']}, {run.report['split']} split"
     drawn = {
         "loss_curves": figures.loss_curves(run.stages),
-        "patterns": figures.patterns(stimuli, arrays["target_centred"], arrays["prediction_centred"], voxels, title),
+        "patterns": figures.patterns(stimuli, target, prediction, voxels, title),
         "voxel_r": figures.voxel_r(arrays["voxel_r"], ceiling, len(stimuli), voxels, title),
         "samples": figures.samples_and_trials(
-            stimuli, arrays["trials"], arrays["trial_stimulus"], arrays["samples"], ceiling, voxels, title
+            arrays["sampled_id"], arrays["trials"], arrays["trial_stimulus"], arrays["samples"], ceiling, voxels, title
         ),
     }
+    if run.report.get("rois"):
+        drawn["regions"] = brain_figures.regions(run.report["rois"], title)
+    if brain_figures.is_volume(voxels):
+        drawn["slices"] = brain_figures.slices(stimuli, target, prediction, arrays["voxel_r"], ceiling, voxels, title)
     for name, figure in drawn.items():
         png = io.BytesIO()
         figure.savefig(png, format="png", dpi=figures.DPI)

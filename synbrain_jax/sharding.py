@@ -3,22 +3,30 @@
 Mesh axes: `data` (batch), `fsdp` (batch, and a dimension of each large parameter), `tensor` (the other dimension). Each
 may be 1; one device is the trivial case. Parameters are placed by an ordered table of path patterns; one that no
 pattern matches is an error, so that a new parameter is a decision and not an accident.
+
+What training keeps between steps is split over `data` too (ZeRO: Rajbhandari et al. 2020): a step gathers the
+parameters once, and each device updates its own part. Activations are split by the batch after every module, which is
+asked for here (`on_mesh`) and not in the models.
 """
 
+import functools
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
+import flax.linen as nn
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import PyTree
+from jaxtyping import Array, Float, PyTree
 
 from synbrain_jax.errors import InputError
 
 AXES = ("data", "fsdp", "tensor")
 BATCH = P(("data", "fsdp"))
+# Smaller arrays are not split over `data`: to gather them would take longer than to update them.
+LEAST_OVER_DATA = 2**14
 
 # First match wins. Shapes: convolution kernels [width, in, out], linear kernels [in, out].
 RULES: tuple[tuple[str, P], ...] = (
@@ -30,11 +38,10 @@ RULES: tuple[tuple[str, P], ...] = (
     # values where the convolution's kernel is split too and the batch is not.
     (r"post_projector/dense_2/linear/kernel$", P(("fsdp", "tensor"), None)),
     (r"p\w+_projector\w*/dense_\d/linear/kernel$", P("fsdp", "tensor")),
-    # The image tower's blocks are stacked and scanned. Were they split over `fsdp`, XLA would leave the batch whole
-    # and sum all activations over the devices, instead of gathering a block's weights.
-    (r"blocks/attn/qkv/kernel$", P(None, None, None, "tensor")),  # by heads
-    (r"blocks/mlp/fc1/kernel$", P(None, None, "tensor")),
-    (r"blocks/(attn/proj|mlp/fc2)/kernel$", P(None, "tensor")),
+    # The image tower's blocks are stacked and scanned: a block's weights are gathered when it is computed.
+    (r"blocks/attn/qkv/kernel$", P(None, "fsdp", None, "tensor")),  # by heads
+    (r"blocks/mlp/fc1/kernel$", P(None, "fsdp", "tensor")),
+    (r"blocks/(attn/proj|mlp/fc2)/kernel$", P(None, "tensor", "fsdp")),
     (r"(patch_embed|projection)/kernel$", P()),
     (r"attn/qkv/kernel$", P("fsdp", "tensor")),
     (r"attn/proj/kernel$", P("tensor", "fsdp")),
@@ -52,7 +59,8 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[
 
     Raises InputError when the sizes do not multiply to the number of devices.
     """
-    devices = jax.devices() if devices is None else list(devices)
+    # The devices of one process follow each other, so that its share of a batch is one piece.
+    devices = sorted(jax.devices(), key=lambda one: one.process_index) if devices is None else list(devices)
     given = f"mesh of data={data}, fsdp={fsdp}, tensor={tensor}"
     if min(fsdp, tensor) < 1 or (data < 1 and data != -1):
         raise InputError(f"{given}: sizes must be positive (data may be -1: whatever is left)")
@@ -73,7 +81,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, BATCH)
 
 
-def batch_parts(mesh: Mesh) -> int:
+def batch_parts(mesh: Mesh | AbstractMesh) -> int:
     """Into how many parts a batch is split."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
@@ -83,15 +91,25 @@ def shard_batch(batch: PyTree, mesh: Mesh) -> PyTree:
     return jax.tree.map(lambda rows: jax.make_array_from_process_local_data(batch_sharding(mesh), rows), batch)
 
 
-def state_sharding(state: PyTree, mesh: Mesh) -> PyTree:
-    """A NamedSharding for every leaf of a tree of parameters, or of one that mirrors them (optimizer state, EMA).
+def param_sharding(params: PyTree, mesh: Mesh | AbstractMesh) -> PyTree:
+    """Where parameters lie while they are used: a NamedSharding for every leaf, by `RULES`.
 
     Scalars are replicated. Raises ValueError for a leaf that no rule matches, InputError for one that cannot be split.
     """
-    return jax.tree.map_with_path(lambda path, leaf: NamedSharding(mesh, _spec(path, leaf.shape, mesh)), state)
+    return jax.tree.map_with_path(lambda path, leaf: NamedSharding(mesh, _spec(path, leaf.shape, mesh)), params)
 
 
-def _spec(path: tuple, shape: tuple[int, ...], mesh: Mesh) -> P:
+def state_sharding(state: PyTree, mesh: Mesh | AbstractMesh) -> PyTree:
+    """Where a training state lies between steps: parameters and what mirrors them (optimizer moments, average).
+
+    As `param_sharding`, and large arrays are split over `data` too: along the axis that `fsdp` splits, else the first,
+    that can be divided; where none can, they are not.
+    """
+    placed = param_sharding(state, mesh)
+    return jax.tree.map(lambda leaf, place: NamedSharding(mesh, _over_data(leaf.shape, place)), state, placed)
+
+
+def _spec(path: tuple, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> P:
     if not shape:
         return P()
     name = jax.tree_util.keystr(path, simple=True, separator="/")
@@ -99,12 +117,79 @@ def _spec(path: tuple, shape: tuple[int, ...], mesh: Mesh) -> P:
     if spec is None:
         raise ValueError(f"no sharding rule matches {name} {shape}; add one to synbrain_jax.sharding.RULES")
     for size, axes in zip(shape, spec, strict=False):
-        axes = axes if isinstance(axes, tuple) else (axes,) if axes else ()
-        parts = math.prod(mesh.shape[axis] for axis in axes)
+        parts = math.prod(mesh.shape[axis] for axis in _axes(axes))
         if size % parts:
-            given = " x ".join(f"mesh.{axis}" for axis in axes)
+            given = " x ".join(f"mesh.{axis}" for axis in _axes(axes))
             raise InputError(
                 f"{name} has shape {shape}: {size} cannot be split over {given} = {parts}; choose sizes that divide "
                 "the model's widths"
             )
     return spec
+
+
+def _axes(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """The mesh axes of one entry of a spec."""
+    return entry if isinstance(entry, tuple) else (entry,) if entry else ()
+
+
+def _over_data(shape: tuple[int, ...], place: NamedSharding) -> P:
+    parts = place.mesh.shape["data"]
+    on_one = place.shard_shape(shape)
+    divisible = [axis for axis, size in enumerate(on_one) if size % parts == 0]
+    if parts == 1 or math.prod(shape) < LEAST_OVER_DATA or not divisible:
+        return place.spec
+    entries = [*place.spec, *[None] * (len(shape) - len(place.spec))]
+    # Along one axis, a sum over devices of which each keeps a part is one operation. Otherwise not the longest, because
+    # accelerators store the last axis in wide rows, and the mapper's modulations are cut along it.
+    with_fsdp = [axis for axis in divisible if "fsdp" in _axes(entries[axis]) and place.mesh.shape["fsdp"] > 1]
+    chosen = [*with_fsdp, *divisible][0]
+    entries[chosen] = (*_axes(entries[chosen]), "data")
+    return P(*entries)
+
+
+def on_mesh(function: Callable, mesh: Mesh) -> Callable:
+    """`function`, for `jax.jit` over `mesh`: what its flax modules put out stays split by the batch, its leading axis.
+
+    Left alone, XLA may gather activations where it should gather weights. What a block puts out is split by nothing
+    else, and what conditions a whole batch (one row) is not split; within blocks, `tensor` is XLA's to place.
+    """
+    if mesh.size == 1:
+        return function
+
+    @functools.wraps(function)
+    def traced(*args, **kwargs):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), nn.intercept_methods(_place_output):
+            return function(*args, **kwargs)
+
+    return traced
+
+
+def _place_output(call: Callable, args: tuple, kwargs: dict, context: nn.module.InterceptorContext):
+    out = call(*args, **kwargs)
+    if context.method_name != "__call__":
+        return out
+    # A layer, as opposed to a block, has arrays for parameters and no modules.
+    params = context.module.variables.get("params", {})
+    layer = not any(isinstance(part, Mapping) for part in params.values())
+    return jax.tree.map(lambda leaf: _split_batch(leaf, layer), out)
+
+
+def _split_batch(x, layer: bool):
+    if not isinstance(x, jax.Array) or x.ndim < 2:
+        return x
+    divisible = len(x) % batch_parts(jax.sharding.get_abstract_mesh()) == 0
+    if layer:
+        spec = P(*BATCH, *[P.UNCONSTRAINED] * (x.ndim - 1)) if divisible else P(*[P.UNCONSTRAINED] * x.ndim)
+    else:
+        spec = BATCH if divisible else P()
+    return jax.lax.with_sharding_constraint(x, spec)
+
+
+def split_features(rows: Float[Array, "b f"]) -> Float[Array, "b f"]:
+    """Inside `on_mesh`: all rows on every device, and of each its share of the features; elsewhere, `rows`.
+
+    Products of rows with rows are then sums over devices, and no device ever holds all rows whole.
+    """
+    if jax.sharding.get_abstract_mesh().empty:
+        return rows
+    return jax.lax.with_sharding_constraint(rows, P(None, AXES))  # XLA pads what cannot be divided

@@ -1,7 +1,8 @@
 """The two stages of training: what each learns from, its loss, and its validation.
 
 Stage 1 trains BrainVAE on single trials (and means of several). Stage 2 freezes it and trains the mapper to hit its
-latents from the pictures' tokens. A room of its own because `training.py` knows neither models nor data.
+latents from the pictures' tokens. No parameter depends on the number of voxels, so that both learn from one subject or
+from several. A room of its own because `training.py` knows neither models nor data.
 
 Shape letters: b batch, s stimuli, v voxels, t tokens, d token width.
 """
@@ -9,7 +10,7 @@ Shape letters: b batch, s stimuli, v voxels, t tokens, d token width.
 import dataclasses
 import functools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -20,77 +21,119 @@ from jaxtyping import Float, Int, PRNGKeyArray, PyTree
 from synbrain_jax import losses, metrics
 from synbrain_jax.checkpoint import Bundle
 from synbrain_jax.config import Config, Stage1Config, Stage2Config
-from synbrain_jax.data.pairs import Dataset, Records, Trials, training_batches
+from synbrain_jax.data.batches import training_batches
+from synbrain_jax.data.pairs import Dataset, Records, Trials
+from synbrain_jax.distributed import agreed, barrier, is_first, whole
 from synbrain_jax.files import read_npz, write_npz
 from synbrain_jax.interop.torch_training import check_start, training_state
 from synbrain_jax.models.brain_vae import BrainVAE, brain_vae_shapes
 from synbrain_jax.models.semantic_to_neural import SemanticToNeural, mapper_shapes
+from synbrain_jax.sharding import split_features
 from synbrain_jax.synthesis import SynBrain, model_order
 from synbrain_jax.training import LossFunction, Stage, TrainState
 
 
-def stage1(config: Config, dataset: Dataset, validation: Trials) -> Stage:
-    """BrainVAE on the training trials of a data set."""
+def folders(workdir: str | os.PathLike, datasets: Sequence[Dataset]) -> list[epath.Path]:
+    """Where what belongs to one subject is kept: `workdir`, or where there are several a folder in it for each."""
+    workdir = epath.Path(workdir)
+    return [workdir] if len(datasets) == 1 else [workdir / dataset.voxels.subject for dataset in datasets]
+
+
+def stage1(config: Config, datasets: Sequence[Dataset], validation: Sequence[Trials]) -> Stage:
+    """BrainVAE on the training trials of each subject's data set."""
     model, settings = BrainVAE(config.brain_vae), config.stage1
-    order = model_order(config.data.voxel_order, dataset.voxels.order)
+    orders = _orders(config, datasets)
+    loss = brain_vae_loss(model, dataclasses.replace(settings, contrast_size=None))
     return Stage(
         name="stage1",
         config=settings,
-        # No parameter depends on the number of voxels.
         init=lambda key: model.init(key, jnp.zeros((1, 8)))["params"],
         loss=brain_vae_loss(model, settings),
+        compute_dtype=config.brain_vae.dtype,
         frozen={},
         batches=training_batches(
-            dataset,
+            datasets,
             "train",
             batch_size=settings.batch_size,
             seed=config.seed,
             average_share=settings.average_share,
-            order=order,
+            orders=orders,
             process_index=jax.process_index(),
             process_count=jax.process_count(),
         ),
-        validate=_stage1_validation(
-            brain_vae_loss(model, dataclasses.replace(settings, contrast_size=None)),
-            validation,
-            order,
-            settings.batch_size,
+        validate=_over_subjects(
+            datasets,
+            [
+                _stage1_validation(loss, trials, order, settings.batch_size)
+                for trials, order in zip(validation, orders, strict=True)
+            ],
         ),
-        stop=_stop_rule(settings, dataset.n_voxels),
+        stop=_stop_rule(settings, float(np.mean([dataset.n_voxels for dataset in datasets]))),
         start=_start(settings.start_from),
     )
 
 
 def stage2(
-    config: Config, dataset: Dataset, validation: Trials, brain_vae: PyTree, targets: Float[np.ndarray, "s t d"] | None
+    config: Config,
+    datasets: Sequence[Dataset],
+    validation: Sequence[Trials],
+    brain_vae: PyTree,
+    targets: Sequence[Float[np.ndarray, "_ t d"] | None],
 ) -> Stage:
-    """The mapper on the stimuli (or trials) of a data set; `targets` are the mean latents of `encode_stimuli`."""
+    """The mapper on the stimuli (or trials) of each subject's data set; `targets` are their `encode_stimuli`."""
     mapper, vae, settings = SemanticToNeural(config.mapper), BrainVAE(config.brain_vae), config.stage2
-    order = model_order(config.data.voxel_order, dataset.voxels.order)
+    orders = _orders(config, datasets)
     by_stimulus = settings.target == "stimulus_mean"
     return Stage(
         name="stage2",
         config=settings,
         init=lambda key: mapper.init(key, jnp.zeros((1, config.mapper.tokens, config.mapper.width)))["params"],
         loss=mapper_loss(mapper, vae, settings),
+        compute_dtype=config.mapper.dtype,
         frozen=brain_vae,
         batches=training_batches(
-            dataset,
+            datasets,
             "train",
             batch_size=settings.batch_size,
             seed=config.seed + 1,
             unit="stimulus" if by_stimulus else "trial",
             targets=targets if by_stimulus else None,
-            order=order,
+            orders=orders,
             process_index=jax.process_index(),
             process_count=jax.process_count(),
         ),
-        validate=_stage2_validation(mapper, vae, brain_vae, validation, order, settings.batch_size),
+        validate=_over_subjects(
+            datasets,
+            [
+                _stage2_validation(mapper, vae, brain_vae, trials, order, settings.batch_size)
+                for trials, order in zip(validation, orders, strict=True)
+            ],
+        ),
         start=_start(settings.start_from),
     )
 
 
-def _stop_rule(settings: Stage1Config, n_voxels: int) -> Callable[[dict[str, float]], bool]:
+def _orders(config: Config, datasets: Sequence[Dataset]) -> list[Int[np.ndarray, "_"]]:
+    return [model_order(config.data.voxel_order, dataset.voxels.order) for dataset in datasets]
+
+
+def _over_subjects(
+    datasets: Sequence[Dataset], validations: Sequence[Callable[[PyTree], dict[str, float]]]
+) -> Callable[[PyTree], dict[str, float]]:
+    """The mean over subjects of each number and, where there are several, those of each one as "number/subject"."""
+    if len(validations) == 1:
+        return validations[0]
+
+    def validate(params) -> dict[str, float]:
+        each = {data.voxels.subject: one(params) for data, one in zip(datasets, validations, strict=True)}
+        names = next(iter(each.values()))
+        means = {name: float(np.mean([numbers[name] for numbers in each.values()])) for name in names}
+        return means | {f"{name}/{subject}": each[subject][name] for subject in each for name in names}
+
+    return validate
+
+
+def _stop_rule(settings: Stage1Config, n_voxels: float) -> Callable[[dict[str, float]], bool]:
     scale = n_voxels if settings.loss_scale == "sum" else 1
     return lambda terms: settings.stop_below is not None and terms["mse"] * scale < settings.stop_below
 
@@ -113,10 +156,11 @@ def brain_vae_loss(model: BrainVAE, settings: Stage1Config) -> LossFunction:
 
     def loss(params, _frozen, batch, key: PRNGKeyArray | None):
         out = model.apply({"params": params}, batch["fmri"], key)
+        tokens = batch["tokens"].astype(jnp.float32)  # stored, and sent to the device, with half the bits
         voxels = batch["fmri"].shape[-1]
         squared_error = losses.squared_error(out.reconstruction, batch["fmri"])
         kl = losses.kl_to_standard_normal(out.posterior.mean, out.posterior.logvar)
-        soft_clip = losses.soft_clip(out.latent, batch["tokens"], contrast_size=settings.contrast_size)
+        soft_clip = losses.soft_clip(out.latent, tokens, contrast_size=settings.contrast_size, place=split_features)
         total = squared_error + settings.kl_weight * kl
         if settings.loss_scale == "voxel":
             total = total / voxels
@@ -131,7 +175,7 @@ def mapper_loss(mapper: SemanticToNeural, vae: BrainVAE, settings: Stage2Config)
     it is there; otherwise `batch["fmri"]` is encoded."""
 
     def loss(params, frozen, batch, _key):
-        tokens, fmri = batch["tokens"], batch["fmri"]
+        tokens, fmri = batch["tokens"].astype(jnp.float32), batch["fmri"]
         latent = batch.get("latent")
         if latent is None:
             latent = jax.lax.stop_gradient(vae.apply({"params": frozen}, fmri, method="encode").mean)
@@ -162,38 +206,50 @@ def encode_stimuli(
     folder = epath.Path(folder)
     targets_file, std_file = folder / "targets.npy", folder / "latent_std.npz"
     wanted = config.stage2.target == "stimulus_mean"
-    if not std_file.exists():
-        vae = BrainVAE(config.brain_vae)
-        encode = jax.jit(lambda params, fmri: vae.apply({"params": params}, fmri, method="encode"))
-        order = model_order(config.data.voxel_order, dataset.voxels.order)
-        counts = dataset.trials_per_record("train")
-        shape, size = (config.brain_vae.latent_tokens, config.brain_vae.latent_dim), config.stage1.batch_size
-        folder.mkdir(parents=True, exist_ok=True)
-        unfinished = folder / "targets.npy.unfinished"
-        if wanted:
-            targets = np.lib.format.open_memmap(unfinished, "w+", np.float32, (len(counts), *shape))
-        variance = np.zeros(shape)
-        for record, fmri in _trial_batches(dataset.records("train"), size):
-            # Padded, so that one program serves the last batch too.
-            padded = np.pad(fmri[:, order], ((0, size - len(fmri)), (0, 0)))
-            mean, logvar = (part[: len(fmri)] for part in jax.device_get(encode(params, padded)))
-            variance += np.exp(logvar).sum(0, dtype=np.float64)
-            if wanted:
-                np.add.at(targets, record, mean / counts[record][:, None, None].astype(np.float32))
-        if wanted:
-            targets.flush()
-            unfinished.replace(targets_file)
-        write_npz(std_file, {"latent_std": np.sqrt(variance / counts.sum()).astype(np.float32)})
+    if not agreed(std_file.exists()):
+        params = jax.device_put(whole(params))
+        if is_first():
+            _write_encoding(config, dataset, params, targets_file if wanted else None, std_file)
+        barrier()
     targets = np.load(targets_file, mmap_mode="r") if wanted else None
     return targets, read_npz(std_file)["latent_std"]
+
+
+def _write_encoding(
+    config: Config, dataset: Dataset, params: PyTree, targets_file: epath.Path | None, std_file: epath.Path
+) -> None:
+    """What `encode_stimuli` reads; `std_file` appears last."""
+    vae = BrainVAE(config.brain_vae)
+    encode = jax.jit(lambda params, fmri: vae.apply({"params": params}, fmri, method="encode"))
+    order = model_order(config.data.voxel_order, dataset.voxels.order)
+    counts = dataset.trials_per_record("train")
+    shape, size = (config.brain_vae.latent_tokens, config.brain_vae.latent_dim), config.stage1.batch_size
+    std_file.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = std_file.with_name("targets.npy.unfinished")
+    if targets_file:
+        targets = np.lib.format.open_memmap(unfinished, "w+", np.float32, (len(counts), *shape))
+    variance = np.zeros(shape)
+    for record, fmri in _trial_batches(dataset.records("train"), size):
+        # Padded, so that one program serves the last batch too.
+        padded = np.pad(fmri[:, order], ((0, size - len(fmri)), (0, 0)))
+        mean, logvar = (part[: len(fmri)] for part in jax.device_get(encode(params, padded)))
+        variance += np.exp(logvar).sum(0, dtype=np.float64)
+        if targets_file:
+            for place, share in zip(record, mean / counts[record][:, None, None].astype(np.float32), strict=True):
+                targets[place] += share
+    if targets_file:
+        targets.flush()
+        unfinished.replace(targets_file)
+    write_npz(std_file, {"latent_std": np.sqrt(variance / counts.sum()).astype(np.float32)})
 
 
 def _trial_batches(records: Records, size: int) -> Iterator[tuple[Int[np.ndarray, " b"], Float[np.ndarray, "b v"]]]:
     """All trials in record order, `size` at a time, with the number of each one's record."""
     place, fmri = np.zeros(0, int), None
     for i in range(len(records)):
-        place = np.append(place, np.full(len(records[i].fmri), i))
-        fmri = records[i].fmri if fmri is None else np.concatenate([fmri, records[i].fmri])
+        own = records[i].fmri
+        place = np.append(place, np.full(len(own), i))
+        fmri = own if fmri is None else np.concatenate([fmri, own])
         while len(place) >= size:
             yield place[:size], fmri[:size]
             place, fmri = place[size:], fmri[size:]
@@ -245,7 +301,7 @@ def _stage1_validation(loss: LossFunction, validation: Trials, order: Int[np.nda
         for rows in np.linspace(0, n - 1, batches * size).round().astype(int).reshape(size, batches).T:
             tokens = validation.tokens[validation.stimulus[rows]]
             totals.append(evaluate(params, {"fmri": validation.fmri[rows][:, order], "tokens": tokens}))
-        totals = jax.device_get(totals)
+        totals = jax.device_get(whole(totals))
         return {name: float(np.mean([one[name] for one in totals])) for name in totals[0]}
 
     return validate
@@ -272,7 +328,7 @@ def _stage2_validation(
         for start in range(0, len(validation.tokens), batch_size):
             tokens = validation.tokens[start : start + batch_size]
             padded = np.pad(tokens, ((0, batch_size - len(tokens)), (0, 0), (0, 0)))
-            rows.append(np.asarray(predict(params, brain_vae, padded))[: len(tokens)])
+            rows.append(np.asarray(whole(predict(params, brain_vae, padded)))[: len(tokens)])
         prediction = np.concatenate(rows)
         return {
             "mse": float(np.mean(metrics.mse(prediction, target))),

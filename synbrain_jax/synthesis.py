@@ -5,6 +5,7 @@ Shape letters: s stimuli, b batch, t tokens, d token width, k samples, v voxels.
 
 import functools
 import os
+from collections.abc import Callable
 from typing import Literal
 
 import jax
@@ -14,10 +15,11 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from synbrain_jax.checkpoint import Bundle, load_bundle
+from synbrain_jax.data.tokens import StoredTokens
 from synbrain_jax.errors import InputError
 from synbrain_jax.models.brain_vae import BrainVAE
 from synbrain_jax.models.semantic_to_neural import SemanticToNeural
-from synbrain_jax.sharding import batch_parts, batch_sharding, make_mesh, replicated
+from synbrain_jax.sharding import batch_parts, batch_sharding, make_mesh, on_mesh, replicated
 
 Variability = Literal["none", "posterior", "latent_noise"]
 
@@ -29,11 +31,7 @@ class SynBrain:
         self.bundle = bundle
         self.mesh = make_mesh() if mesh is None else mesh
         self._params = jax.device_put(bundle.params, replicated(self.mesh))
-        self._decode = jax.jit(
-            functools.partial(_decode_batch, bundle),
-            static_argnames=("k", "varied"),
-            out_shardings=batch_sharding(self.mesh),
-        )
+        self._decode = jit_decoder(bundle, self.mesh)
 
     @property
     def token_shape(self) -> tuple[int, int]:
@@ -42,7 +40,7 @@ class SynBrain:
 
     def synthesize(
         self,
-        tokens: Float[np.ndarray, "s t d"] | Float[Array, "s t d"],
+        tokens: Float[np.ndarray, "s t d"] | Float[Array, "s t d"] | StoredTokens,
         key: PRNGKeyArray | None = None,
         *,
         k: int = 1,
@@ -54,7 +52,8 @@ class SynBrain:
         """Synthetic responses, float32, in the units and voxel order of the data set the system was trained on.
 
         Args:
-            tokens: one set of tokens per stimulus, as in training. Those on the devices are not copied to the host.
+            tokens: one set of tokens per stimulus, as in training. Those on the devices are not copied to the host, and
+                those on disk are read batch by batch.
             key: needed unless `variability` is "none". Sample j of stimulus i depends on the key, i and j only: not on
                 k, nor on how stimuli are batched.
             k: samples per stimulus.
@@ -72,11 +71,13 @@ class SynBrain:
         """
         on_device = isinstance(tokens, jax.Array)
         xp = jnp if on_device else np
-        tokens = tokens.astype(np.float32) if on_device else np.asarray(tokens, np.float32)
+        if not isinstance(tokens, StoredTokens):
+            tokens = tokens.astype(np.float32) if on_device else np.asarray(tokens, np.float32)
         if tokens.ndim != 3 or tokens.shape[1:] != self.token_shape:
             expected = f"[stimuli, {self.token_shape[0]}, {self.token_shape[1]}]"
             raise InputError(f"tokens have shape {list(tokens.shape)}; this model expects {expected}")
-        if bad := int(xp.count_nonzero(~xp.isfinite(tokens))):
+        # What was stored was finite.
+        if not isinstance(tokens, StoredTokens) and (bad := int(xp.count_nonzero(~xp.isfinite(tokens)))):
             raise InputError(f"tokens hold {bad} values that are NaN or infinite")
         if variability not in ("none", "posterior", "latent_noise"):
             raise InputError(f"variability is {variability!r}; expected 'none', 'posterior' or 'latent_noise'")
@@ -106,10 +107,22 @@ class SynBrain:
         return out
 
     def predict(
-        self, tokens: Float[np.ndarray, "s t d"] | Float[Array, "s t d"], batch_size: int = 32
+        self, tokens: Float[np.ndarray, "s t d"] | Float[Array, "s t d"] | StoredTokens, batch_size: int = 32
     ) -> Float[np.ndarray, "s v"]:
         """The expected response to each stimulus: `synthesize` without variability."""
         return self.synthesize(tokens, batch_size=batch_size)[:, 0]
+
+
+def jit_decoder(bundle: Bundle, mesh: Mesh) -> Callable[..., Float[Array, "b k v"]]:
+    """The compiled function over `mesh`: of parameters, tokens, stimulus numbers, key and spread; k and varied fixed.
+
+    Of the bundle's parameters nothing is used.
+    """
+    return jax.jit(
+        on_mesh(functools.partial(_decode_batch, bundle), mesh),
+        static_argnames=("k", "varied"),
+        out_shardings=batch_sharding(mesh),
+    )
 
 
 def load_pretrained(path: str | os.PathLike, mesh: Mesh | None = None) -> SynBrain:

@@ -7,7 +7,8 @@ are the batches: a run that is killed and started again ends with the same bits.
 import dataclasses
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import flax.struct
 import jax
@@ -15,15 +16,23 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from etils import epath
-from grain import DatasetIterator
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from synbrain_jax.checkpoint import Checkpoints
 from synbrain_jax.config import Config, OptimizerConfig, Stage1Config, Stage2Config
-from synbrain_jax.errors import InputError, NonFiniteLoss
-from synbrain_jax.progress import SELECTED_FILE, Progress
-from synbrain_jax.sharding import batch_parts, batch_sharding, replicated, shard_batch, state_sharding
+from synbrain_jax.distributed import StopRequests, agreed
+from synbrain_jax.errors import InputError, NonFiniteLoss, Stopped
+from synbrain_jax.progress import SELECTED_FILE, open_progress
+from synbrain_jax.sharding import (
+    batch_parts,
+    batch_sharding,
+    on_mesh,
+    param_sharding,
+    replicated,
+    shard_batch,
+    state_sharding,
+)
 
 # Validation numbers of which the smallest is best; of all others, the largest.
 MINIMISED = ("val/loss", "val/mse", "val/kl", "val/soft_clip")
@@ -57,10 +66,13 @@ class Stage:
     loss: LossFunction
     frozen: PyTree
     """Parameters that the loss needs and that do not change."""
-    batches: DatasetIterator
+    batches: Iterator[dict[str, np.ndarray]]
+    """A grain iterator: its position is saved with the state."""
     validate: Callable[[PyTree], dict[str, float]]
     stop: Callable[[dict[str, float]], bool] = lambda terms: False
     """Whether to end before the last step, given the mean training terms since the last validation."""
+    compute_dtype: str = "float32"
+    """In which the model uses its kernels, and so in which they can be gathered."""
     start: Callable[[TrainState], TrainState] | None = None
     """Makes the first state, from its shapes and shardings, in place of `init`."""
 
@@ -132,17 +144,49 @@ def init_state(
 
 
 def make_train_step(
-    loss: LossFunction, optimizer: optax.GradientTransformation, ema_decay: float | None
+    loss: LossFunction,
+    optimizer: optax.GradientTransformation,
+    ema_decay: float | None,
+    *,
+    accumulate: int = 1,
+    group: int = 1,
+    gather: Callable[[PyTree], PyTree] = lambda params: params,
+    scatter: Callable[[PyTree], PyTree] = lambda grads: grads,
 ) -> Callable[[TrainState, PyTree, dict, PRNGKeyArray], tuple[TrainState, dict[str, Float[Array, ""]]]]:
     """One update as a pure function `step(state, frozen, batch, key) -> (state, terms)`; not jitted.
 
     `terms` are the loss's own, with the global gradient norm before clipping. `key` is the run's; that of the step is
     `fold_in(key, step)`.
+
+    Args:
+        accumulate: the batch is taken in so many equal parts, one after the other; gradients and terms are their means,
+            and part i draws with `fold_in(key, i)`. A loss that is a mean over samples, or over groups of samples, has
+            the gradient of the whole batch; any other is a mean over parts.
+        group: samples that follow one another and must stay in one part.
+        gather, scatter: take parameters from where the state keeps them to where the loss uses them, and gradients
+            back.
     """
+    value_and_grad = jax.value_and_grad(loss, has_aux=True)
+
+    def gradient(params, frozen, batch, key):
+        (_, terms), grads = value_and_grad(params, frozen, batch, key)
+        return terms, scatter(grads)
+
+    def mean_gradient(params, frozen, batch, key):
+        def add(total, numbered):
+            number, part = numbered
+            one = gradient(params, frozen, part, jax.random.fold_in(key, number))
+            return jax.tree.map(jnp.add, total, one), None
+
+        parts = jax.tree.map(lambda rows: _in_parts(rows, accumulate, group), batch)
+        shapes = jax.eval_shape(gradient, params, frozen, jax.tree.map(lambda rows: rows[0], parts), key)
+        zero = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+        total, _ = jax.lax.scan(add, zero, (jnp.arange(accumulate), parts))
+        return jax.tree.map(lambda leaf: leaf / accumulate, total)
 
     def train_step(state, frozen, batch, key):
         key = jax.random.fold_in(key, state.step)
-        (_, terms), grads = jax.value_and_grad(loss, has_aux=True)(state.params, frozen, batch, key)
+        terms, grads = (gradient if accumulate == 1 else mean_gradient)(gather(state.params), frozen, batch, key)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         ema = state.ema if ema_decay is None else optax.incremental_update(params, state.ema, 1 - ema_decay)
@@ -152,69 +196,145 @@ def make_train_step(
     return train_step
 
 
+def _in_parts(rows: Array, count: int, group: int) -> Array:
+    """[b, ...] as [count, b / count, ...]; part i has groups i, i + count, ..., so that every device has rows of it."""
+    grouped = rows.reshape(-1, count, group, *rows.shape[1:]).swapaxes(0, 1)
+    return grouped.reshape(count, -1, *rows.shape[1:])
+
+
+class StepProgram(NamedTuple):
+    """What a stage compiles, over a mesh."""
+
+    init: Callable[[PRNGKeyArray], TrainState]
+    """Jitted: a fresh state, placed."""
+    step: Callable[[TrainState, PyTree, dict, PRNGKeyArray], tuple[TrainState, dict[str, Float[Array, ""]]]]
+    """Jitted: `make_train_step`; it takes the state's memory."""
+    target: TrainState
+    """Shapes, types and shardings of the state."""
+    result: Callable[[TrainState], PyTree]
+    """`TrainState.result` where it can be used, as by the loss; where it is not split over `data`, that very tree."""
+
+
+def step_program(
+    init: Callable[[PRNGKeyArray], PyTree],
+    loss: LossFunction,
+    settings: Stage1Config | Stage2Config,
+    mesh: Mesh,
+    compute_dtype: str = "float32",
+) -> StepProgram:
+    """The step of a stage over a mesh, of devices or of descriptions of devices. Arguments as the fields of `Stage`.
+
+    Raises InputError if a parameter cannot be split over the mesh.
+    """
+    optimizer = make_optimizer(settings.optimizer, settings.steps)
+    ema_decay = settings.optimizer.ema_decay
+
+    def fresh(key):
+        return init_state(init, optimizer, ema_decay is not None, key)
+
+    abstract = jax.eval_shape(fresh, jax.random.key(0))
+    kept = state_sharding(abstract, mesh)
+    used = param_sharding(abstract.params, mesh)
+    target = jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), abstract, kept
+    )
+
+    def gather(params):
+        return jax.lax.with_sharding_constraint(_kernels_as(compute_dtype, params), used)
+
+    def scatter(grads):
+        grads = jax.lax.with_sharding_constraint(grads, kept.params)
+        return jax.tree.map(lambda grad, like: grad.astype(like.dtype), grads, abstract.params)
+
+    spread = {} if mesh.size == 1 else dict(gather=gather, scatter=scatter)
+    group = getattr(settings, "contrast_size", None) or 1
+    step = make_train_step(loss, optimizer, ema_decay, accumulate=settings.accumulate, group=group, **spread)
+    whole = (lambda params: params) if kept.params == used else jax.jit(lambda params: params, out_shardings=used)
+    return StepProgram(
+        init=jax.jit(fresh, out_shardings=kept),
+        step=jax.jit(
+            on_mesh(step, mesh),
+            in_shardings=(kept, replicated(mesh), batch_sharding(mesh), replicated(mesh)),
+            out_shardings=(kept, replicated(mesh)),
+            donate_argnums=0,
+        ),
+        target=target,
+        result=lambda state: whole(state.result),
+    )
+
+
+def _kernels_as(dtype: str, params: PyTree) -> PyTree:
+    """Kernels in the type that the model casts them to, so that what is gathered is no larger; the rest as it is."""
+
+    def cast(path, leaf):
+        return leaf.astype(dtype) if path[-1] == jax.tree_util.DictKey("kernel") else leaf
+
+    return jax.tree.map_with_path(cast, params)
+
+
 def check_batch_sizes(config: Config, mesh: Mesh) -> None:
-    """Raises InputError if a stage's batch cannot be split over the mesh."""
+    """Raises InputError if a stage's batch cannot be split over the mesh, or the mesh over the processes."""
     parts = batch_parts(mesh)
-    for name, size in (("stage1", config.stage1.batch_size), ("stage2", config.stage2.batch_size)):
-        if size % parts:
+    _check_process_share(mesh, jax.local_device_count())
+    for name, stage in (("stage1", config.stage1), ("stage2", config.stage2)):
+        size, accumulate = stage.batch_size, stage.accumulate
+        if size % (parts * accumulate):
+            times = f" times {name}.accumulate = {accumulate}" if accumulate > 1 else ""
             raise InputError(
                 f"{name}.batch_size is {size}; it must be a multiple of {parts}, the number of parts into which this "
-                "mesh splits a batch (mesh.data x mesh.fsdp)"
+                f"mesh splits a batch (mesh.data x mesh.fsdp){times}"
             )
+
+
+def _check_process_share(mesh: Mesh, own: int) -> None:
+    """Raises InputError if the `own` devices of a process are not a block of the mesh that has whole samples."""
+    one_row = mesh.shape["fsdp"] * mesh.shape["tensor"]
+    if mesh.size > own and (own % mesh.shape["tensor"] or (own % one_row and one_row % own)):
+        sizes = ", ".join(f"mesh.{axis} {size}" for axis, size in mesh.shape.items())
+        raise InputError(
+            f"{sizes}, over processes of {own} devices: expected mesh.tensor to divide {own}, and mesh.fsdp x "
+            f"mesh.tensor to divide {own} or to be a multiple of it"
+        )
 
 
 def fit(stage: Stage, config: Config, mesh: Mesh, folder: str | os.PathLike) -> PyTree:
     """Trains a stage to its last step, or from its newest checkpoint on, and returns the parameters that validate best.
 
-    Writes checkpoints, `metrics.jsonl`, TensorBoard events and `selected.json` into `folder`.
+    Writes checkpoints, `metrics.jsonl`, TensorBoard events and `selected.json` into `folder`, which all processes must
+    see; of several, all call this.
 
     Raises:
         NonFiniteLoss: the loss became NaN or infinite. Checkpoints from before are kept.
-        InputError: a parameter cannot be split over the mesh, `select` names no validation number, or the stage ended
-            before its first checkpoint.
+        NotStored: a checkpoint cannot be written. Those from before are kept.
+        Stopped: it was asked to stop, and has saved the step that it had reached.
+        InputError: a parameter cannot be split over the mesh, `select` names no validation number, the stage ended
+            before its first checkpoint, or no checkpoint can be read.
     """
     folder, settings = epath.Path(folder), stage.config
-    optimizer = make_optimizer(settings.optimizer, settings.steps)
-    ema_decay = settings.optimizer.ema_decay
-
-    def init(key):
-        return init_state(stage.init, optimizer, ema_decay is not None, key)
-
-    key = jax.random.key(config.seed)
-    abstract = jax.eval_shape(init, key)
-    shardings = state_sharding(abstract, mesh)
-    target = jax.tree.map(
-        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), abstract, shardings
-    )
-    step_function = jax.jit(
-        make_train_step(stage.loss, optimizer, ema_decay),
-        in_shardings=(shardings, replicated(mesh), batch_sharding(mesh), replicated(mesh)),
-        out_shardings=(shardings, replicated(mesh)),
-        donate_argnums=0,
-    )
+    program = step_program(stage.init, stage.loss, settings, mesh, stage.compute_dtype)
+    target, key = program.target, jax.random.key(config.seed)
     frozen = jax.device_put(stage.frozen, replicated(mesh))
 
     with Checkpoints(folder / "checkpoints", config, "min" if settings.select in MINIMISED else "max") as checkpoints:
-        if (folder / SELECTED_FILE).exists():  # this stage has ended before
-            return checkpoints.restore(checkpoints.selected()[0], target)[0].result
-        if checkpoints.latest:
-            state, position = checkpoints.restore(checkpoints.latest, target)
-            stage.batches.set_state(position)
-        elif stage.start:
-            state = stage.start(target)
+        if agreed((folder / SELECTED_FILE).exists()):  # this stage has ended before
+            return program.result(checkpoints.restore(checkpoints.selected()[0], target)[0])
+        pending, since_validation = [], []
+        newest = checkpoints.newest(target)
+        if newest:
+            _, state, position = newest
+            since_validation, pending = _go_on(stage, position)
         else:
-            state = jax.jit(init, out_shardings=shardings)(key)
+            state = stage.start(target) if stage.start else program.init(key)
         step = start = int(state.step)
 
-        with Progress(folder, stage.name, start, settings.steps) as progress:
-            if stage.start and checkpoints.latest is None:  # what was handed in may be the result
-                numbers = stage.validate(state.result)
+        with open_progress(folder, stage.name, start, settings.steps) as progress, StopRequests(mesh) as stop_requests:
+            if stage.start and not newest:  # what was handed in may be the result
+                numbers = agreed(stage.validate(program.result(state)))
                 progress.log(start, "val", numbers)
-                checkpoints.save(start, state, stage.batches.get_state(), _selection_value(numbers, stage, start))
-            pending, since_validation = [], []
+                checkpoints.save(start, state, _position(stage), _selection_value(numbers, stage, start))
             for step in range(start + 1, settings.steps + 1):
                 batch = shard_batch(next(stage.batches), mesh)
-                state, terms = step_function(state, frozen, batch, key)
+                state, terms = program.step(state, frozen, batch, key)
                 pending.append(terms)
                 validating = step % settings.eval_every == 0 or step == settings.steps
                 if step % config.log_every == 0 or validating:
@@ -223,13 +343,19 @@ def fit(stage: Stage, config: Config, mesh: Mesh, folder: str | os.PathLike) -> 
                     since_validation += values
                     pending = []
                 if validating:
-                    numbers = stage.validate(state.result)
+                    numbers = agreed(stage.validate(program.result(state)))
                     progress.log(step, "val", numbers)
                     if stage.stop(_means(since_validation)):
                         break
-                    checkpoints.save(step, state, stage.batches.get_state(), _selection_value(numbers, stage, step))
+                    checkpoints.save(step, state, _position(stage), _selection_value(numbers, stage, step))
                     since_validation = []
                 progress.advance(step)
+                if stop_requests.received():
+                    if not validating:
+                        pending = _finite(stage.name, step, pending)
+                        checkpoints.save(step, state, _position(stage, since_validation, pending))
+                    checkpoints.wait()
+                    raise Stopped(f"stopped: {stage.name} is saved at step {step}, and the same command goes on")
 
         chosen = checkpoints.selected()
         if chosen is None:
@@ -238,10 +364,28 @@ def fit(stage: Stage, config: Config, mesh: Mesh, folder: str | os.PathLike) -> 
                 f"{settings.steps}. Lower {stage.name}.stop_below or eval_every, or raise steps, in a new --workdir."
             )
         progress.write_selected(chosen[0], settings.select, chosen[1])
-        return checkpoints.restore(chosen[0], target)[0].result
+        return program.result(checkpoints.restore(chosen[0], target)[0])
 
 
-def _finite(stage: str, step: int, pending: list[dict[str, Array]]) -> list[dict[str, np.ndarray]]:
+def _position(stage: Stage, logged: Sequence[dict] = (), pending: Sequence[dict] = ()) -> dict:
+    """What a checkpoint needs beside the state: the place in the data, and the terms since the last validation."""
+    logged, pending = (
+        [{name: float(value) for name, value in step.items()} for step in steps] for steps in (logged, pending)
+    )
+    return {"batches": stage.batches.get_state(), "logged": logged, "pending": pending}
+
+
+def _go_on(stage: Stage, position: dict) -> tuple[list[dict], list[dict]]:
+    """Takes the data to the position of a checkpoint; returns the terms since the last validation, in two parts."""
+    stage.batches.set_state(position["batches"])
+    logged, pending = (
+        [{name: np.asarray(value, np.float32) for name, value in step.items()} for step in position[kind]]
+        for kind in ("logged", "pending")
+    )
+    return logged, pending
+
+
+def _finite(stage: str, step: int, pending: list[dict[str, Array | np.ndarray]]) -> list[dict[str, np.ndarray]]:
     """The terms of the steps up to `step`, on the host; raises at the first step whose loss is not finite."""
     values = jax.device_get(pending)
     for i, terms in enumerate(values):

@@ -85,8 +85,22 @@ def tiny_dataset(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def two_subjects(tiny_dataset, tmp_path_factory):
+    """`tiny_dataset`, and one of another brain: 35 voxels, and half as many stimuli."""
+    from tiny import TRAIN_TRIALS, write_experiment
+
+    from synbrain_jax.data.arrays import prepare_arrays
+    from synbrain_jax.data.pairs import open_dataset
+
+    folder = tmp_path_factory.mktemp("second")
+    write_experiment(folder / "second.npz", columns=7, trials=TRAIN_TRIALS[:5], seed=1)
+    return [tiny_dataset, open_dataset(prepare_arrays(folder / "second.npz", folder / "data", name="second"))]
+
+
+@pytest.fixture(scope="session")
 def start_training(tmp_path_factory) -> Callable[..., subprocess.Popen]:
-    """Starts `train.py` as a user does: a process of its own, one device. What one compiled, later ones find."""
+    """Starts `train.py` as a user does: a process of its own, one device, if `env` does not ask for more. What one
+    compiled, later ones find."""
     here = tmp_path_factory.getbasetemp()
     compiled = (here.parent if "PYTEST_XDIST_WORKER" in os.environ else here) / "compiled"
     environment = {
@@ -100,7 +114,8 @@ def start_training(tmp_path_factory) -> Callable[..., subprocess.Popen]:
     def start(*arguments: str, **options) -> subprocess.Popen:
         command = [sys.executable, os.fspath(ROOT / "train.py"), *arguments]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        return subprocess.Popen(command, env=environment, **pipes, **options)
+        env = environment | options.pop("env", {})
+        return subprocess.Popen(command, env=env, **pipes, **options)
 
     return start
 

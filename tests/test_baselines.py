@@ -10,6 +10,7 @@ from sklearn.model_selection import GroupKFold
 
 from synbrain_jax import baselines
 from synbrain_jax.data.pairs import Trials
+from synbrain_jax.data.tokens import StoredTokens
 from synbrain_jax.errors import InputError
 
 
@@ -24,6 +25,7 @@ def make_trials(tokens, patterns, counts, noise, *, seed=0, runs=1, names=None) 
         fmri=fmri.astype(np.float32),
         stimulus=stimulus,
         run=np.arange(len(stimulus), dtype=np.int32) % runs,
+        session=np.zeros(len(stimulus), np.int32),
     )
 
 
@@ -157,20 +159,25 @@ def test_one_training_stimulus_is_refused():
         baselines.baseline_predictions(train, train)
 
 
-@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
-def test_gram_in_chunks_equals_the_plain_product(dtype):
+@pytest.mark.parametrize("stored", [False, True])
+@pytest.mark.parametrize("block_bytes", [1, 200, 2**20])
+def test_gram_in_blocks_equals_the_plain_product(stored, block_bytes):
+    """Blocks of 1, 2 and all stimuli; tokens in memory or on disk as bfloat16."""
     rng = np.random.default_rng(0)
-    train, test = ((rng.normal(size=(n, 3, 7)) + 5).astype(dtype) for n in (6, 4))
+    train, test = ((rng.normal(size=(n, 3, 7)) + 5).astype(ml_dtypes.bfloat16) for n in (6, 4))
     everything = np.concatenate([train, test]).astype(np.float64).reshape(10, 21)
     everything -= everything[:6].mean(axis=0)
-    gram = baselines.token_gram(train, test, chunk=8)
+    given = [StoredTokens(x.__getitem__, x.shape) if stored else x.astype(np.float32) for x in (train, test)]
+    gram = baselines.token_gram(*given, block_bytes=block_bytes)
     np.testing.assert_allclose(gram, everything @ everything.T, rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(gram, gram.T)
 
 
-def test_gram_makes_no_second_copy_of_the_tokens():
-    tokens = np.ones((16, 64, 2048), np.float32)
+def test_gram_needs_no_more_memory_than_some_blocks():
+    tokens = np.zeros((32, 64, 1024), ml_dtypes.bfloat16)
+    stored = StoredTokens(tokens.__getitem__, tokens.shape)
     tracemalloc.start()
-    baselines.token_gram(tokens, tokens)
+    baselines.token_gram(stored, stored, block_bytes=4 * 4 * 64 * 1024)  # 4 stimuli
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert peak < tokens.nbytes / 2
+    assert peak < 4 * 32 * 64 * 1024 * 0.6  # of the tokens as float32; a block is an eighth

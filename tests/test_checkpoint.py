@@ -11,18 +11,20 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 import tiny
+from etils import epath
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from synbrain_jax.checkpoint import (
     Bundle,
     Checkpoints,
+    _sum_of_values,
     check_workdir,
     claim_workdir,
     load_bundle,
     save_bundle,
 )
-from synbrain_jax.config import Config, DataConfig, OptimizerConfig
+from synbrain_jax.config import Config, DataConfig, MeshConfig, OptimizerConfig
 from synbrain_jax.data.voxels import Voxels
 from synbrain_jax.errors import InputError
 from synbrain_jax.sharding import make_mesh
@@ -173,6 +175,133 @@ def test_a_checkpoint_that_was_cut_short_does_not_count(tmp_path):
         assert checkpoints.selected() == (3, 0.5)
 
 
+def test_a_checkpoint_without_a_value_is_gone_on_from_and_never_selected(tmp_path):
+    with Checkpoints(tmp_path, CONFIG, "max") as checkpoints:
+        for step, value in enumerate([None, 2.0, 1.0, None, None], start=1):
+            assert checkpoints.selected() == {1: None, 2: None}.get(step, (2, 2.0))
+            checkpoints.save(step, {"n": jnp.full((3,), step)}, {}, value)
+        assert checkpoints.selected() == (2, 2.0)
+        assert checkpoints.newest({"n": jax.ShapeDtypeStruct((3,), jnp.int32)})[0] == 5
+    assert kept(tmp_path) == [2, 4, 5]
+    with Checkpoints(tmp_path, CONFIG, "max") as checkpoints:
+        assert checkpoints.selected() == (2, 2.0)
+
+
+# ---- damage --------------------------------------------------------------------------------------
+
+SAVED = {
+    "kernel": np.random.default_rng(0).normal(size=(48, 32)).astype(np.float32),
+    "bias": np.arange(5, dtype=np.float32),
+    "half": np.linspace(0, 1, 7).astype(jnp.bfloat16),
+    "step": np.int32(3),
+}
+
+
+@pytest.fixture(scope="module")
+def three_saved(tmp_path_factory):
+    """A folder with steps 1 to 3, of which step 1 has the best value."""
+    folder = tmp_path_factory.mktemp("three") / "checkpoints"
+    with Checkpoints(folder, CONFIG, "min") as checkpoints:
+        for step in (1, 2, 3):
+            checkpoints.save(step, jax.tree.map(jnp.asarray, SAVED), {"place": step}, float(step))
+    return folder
+
+
+def target_of(tree):
+    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), tree)
+
+
+def largest_file(folder: Path) -> Path:
+    return max((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+
+
+def flip(file: Path, place: float):
+    content = bytearray(file.read_bytes())
+    content[int(place * len(content))] ^= 4
+    file.write_bytes(content)
+
+
+DAMAGES = {
+    "values cut short": lambda step: (f := largest_file(step / "state")).write_bytes(f.read_bytes()[:900]),
+    "values flipped": lambda step: flip(largest_file(step / "state"), 0.6),
+    "values gone": lambda step: largest_file(step / "state").unlink(),
+    "state gone": lambda step: shutil.rmtree(step / "state"),
+    "index flipped": lambda step: flip(step / "state" / "manifest.ocdbt", 0.5),
+    "names cut short": lambda step: (step / "state" / "_METADATA").write_text("{"),
+    "shapes cut short": lambda step: (step / "state" / "array_metadatas" / "process_0").write_text("["),
+    "note gone": lambda step: (step / "note" / "metadata").unlink(),
+    "note cut short": lambda step: (step / "note" / "metadata").write_text('{"value": 1.0, "pos'),
+    "place changed": lambda step: (f := step / "note" / "metadata").write_text(
+        f.read_text().replace('"place": 3', '"place": 2')
+    ),
+    "empty": lambda step: [shutil.rmtree(step), step.mkdir()],
+}
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.filterwarnings("ignore:.*will not be selected")
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(three_saved, tmp_path, damage):
+    shutil.copytree(three_saved, tmp_path / "c")
+    damage(tmp_path / "c" / "3")
+    with Checkpoints(tmp_path / "c", CONFIG, "min") as checkpoints:
+        with pytest.warns(UserWarning, match=r"c: damaged checkpoints are removed \(step 3: .+\)$"):
+            step, state, position = checkpoints.newest(target_of(SAVED))
+        assert (step, position) == (2, {"place": 2})
+        assert_same_bits(state, SAVED)
+        assert checkpoints.selected() == (1, 1.0)
+        checkpoints.save(3, state, {"place": 33}, 0.5)  # the place is free
+        assert checkpoints.newest(target_of(SAVED))[::2] == (3, {"place": 33})
+        assert checkpoints.selected() == (3, 0.5)
+    gc.collect()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_where_nothing_can_be_read_nothing_is_removed(three_saved, tmp_path):
+    shutil.copytree(three_saved, tmp_path / "c")
+    for step in (1, 2, 3):
+        DAMAGES["values flipped"](tmp_path / "c" / str(step))
+    with Checkpoints(tmp_path / "c", CONFIG, "min") as checkpoints:
+        with pytest.raises(InputError, match=r"c: no checkpoint can be read \(step 3: its values have changed"):
+            checkpoints.newest(target_of(SAVED))
+        with pytest.raises(InputError, match=r"c/2: this checkpoint cannot be read \(its values have changed since"):
+            checkpoints.restore(2, target_of(SAVED))
+    other = dict(SAVED, kernel=np.zeros((32, 48), np.float32))  # a model of another shape finds no damage
+    with Checkpoints(three_saved, CONFIG, "min") as checkpoints, pytest.raises(InputError, match=r"shape \(48, 32\)"):
+        checkpoints.newest(target_of(other))
+    assert kept(tmp_path / "c") == kept(three_saved) == [1, 2, 3]
+    gc.collect()
+
+
+def test_a_best_checkpoint_whose_note_is_damaged_is_missed_aloud(three_saved, tmp_path):
+    shutil.copytree(three_saved, tmp_path / "c")
+    DAMAGES["note cut short"](tmp_path / "c" / "1")
+    with (
+        pytest.warns(UserWarning, match=r"c/1: will not be selected, as its note cannot be read \(.+\)$"),
+        Checkpoints(tmp_path / "c", CONFIG, "min") as checkpoints,
+    ):
+        assert checkpoints.selected() == (2, 2.0)
+
+
+def test_the_sum_of_values_is_what_it_says_and_sees_every_bit():
+    total = 0
+    for number, name in enumerate(sorted(SAVED)):  # the order of a dict's leaves
+        words = np.atleast_1d(SAVED[name]).view(f"u{SAVED[name].dtype.itemsize}").ravel(order="F").tolist()
+        total += (2 * number + 1) * sum(word * (2 * place + 1) for place, word in enumerate(words))
+    assert int(_sum_of_values(SAVED, np)) == int(_sum_of_values(SAVED)) == total % 2**32
+    mesh = make_mesh(2, 2, 2)
+    spread = dict(SAVED, kernel=jax.device_put(SAVED["kernel"], NamedSharding(mesh, P("fsdp", ("tensor", "data")))))
+    assert int(_sum_of_values(spread)) == total % 2**32
+    rng = np.random.default_rng(1)
+    for name, leaf in SAVED.items():
+        for _ in range(20):
+            changed = bytearray(leaf.tobytes())
+            changed[rng.integers(len(changed))] ^= 1 << rng.integers(8)
+            other = np.frombuffer(bytes(changed), leaf.dtype).reshape(leaf.shape)
+            assert int(_sum_of_values(dict(SAVED, **{name: other}), np)) != total % 2**32
+
+
 # ---- bundles -------------------------------------------------------------------------------------
 
 
@@ -243,12 +372,44 @@ def test_a_bundle_replaces_the_one_that_is_there_and_leaves_nothing_else(tmp_pat
     assert not (tmp_path / "bundle" / "of a killed run").exists()
 
 
+def test_a_kill_at_any_rename_leaves_a_bundle_to_go_back_to(tmp_path, monkeypatch):
+    """The old bundle, or the new one, is there under its name or as bundle.replaced; and the next save works."""
+    save_bundle(tmp_path / "bundle", make_bundle(0))
+    for allowed, expected in ((0, "bundle"), (1, "bundle.replaced")):
+        with monkeypatch.context() as patch:
+            killed_after(allowed, patch)
+            with pytest.raises(KeyboardInterrupt):
+                save_bundle(tmp_path / "bundle", make_bundle(1))
+        assert_same_bundle(load_bundle(tmp_path / expected), make_bundle(0))
+    with monkeypatch.context() as patch:  # before anything is renamed, what was put aside is back
+        killed_after(1, patch)
+        with pytest.raises(KeyboardInterrupt):
+            save_bundle(tmp_path / "bundle", make_bundle(1))
+    assert_same_bundle(load_bundle(tmp_path / "bundle"), make_bundle(0))
+    save_bundle(tmp_path / "bundle", make_bundle(1))
+    assert_same_bundle(load_bundle(tmp_path / "bundle"), make_bundle(1))
+    assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
+
+
+def killed_after(renames: int, patch) -> None:
+    """The process ends when a folder of bundles is renamed once more than this."""
+    kind, left = type(epath.Path("/")), iter(range(renames))
+    real = kind.rename
+
+    def rename(self, target):
+        if self.name.startswith("bundle") and next(left, None) is None:
+            raise KeyboardInterrupt
+        return real(self, target)
+
+    patch.setattr(kind, "rename", rename)
+
+
 def test_a_bundle_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch):
     def fail(*args, **kwargs):
         raise OSError("no space left")
 
     save_bundle(tmp_path / "bundle", make_bundle(0))
-    monkeypatch.setattr(ocp.StandardCheckpointer, "save", fail)
+    monkeypatch.setattr(ocp.Checkpointer, "save", fail)
     for name in ("bundle", "first"):
         with pytest.raises(OSError, match="no space left"):
             save_bundle(tmp_path / name, make_bundle(1))
@@ -346,6 +507,17 @@ def test_a_workdir_belongs_to_one_configuration(tmp_path):
     assert f"{tmp_path / 'new'} belongs to another run (seed: 0 here, 3 there; data.shift_test_tokens" in str(
         error.value
     )
+
+
+def test_a_run_goes_on_over_another_mesh_and_with_other_logs(tmp_path):
+    config = tiny.config()
+    claim_workdir(tmp_path, config)
+    other = dataclasses.replace(config, mesh=MeshConfig(data=2, fsdp=4), log_every=7)
+    check_workdir(tmp_path, other)
+    with pytest.raises(InputError, match=r"another run \(seed: 0 here, 3 there\)"):
+        check_workdir(tmp_path, dataclasses.replace(other, seed=3))
+    claim_workdir(tmp_path, other)
+    assert Config.from_json((tmp_path / "config.json").read_text()) == other
 
 
 def test_a_workdir_whose_configuration_is_damaged_is_named(tmp_path):

@@ -1,19 +1,24 @@
 """`synbrain` and the options of `train.py`: what they do, and the one clear error that wrong input gets."""
 
+import dataclasses
 import importlib.util
 import json
 import os
 from pathlib import Path
 
 import jax
+import nibabel
 import numpy as np
 import pytest
 
-from synbrain_jax import load_pretrained
-from synbrain_jax.checkpoint import Bundle, abstract_params, save_bundle
+from synbrain_jax import evaluation, load_pretrained
+from synbrain_jax.checkpoint import Bundle, abstract_params, load_bundle, save_bundle
 from synbrain_jax.cli import main, plain_errors
-from synbrain_jax.config import Config
+from synbrain_jax.config import Config, DataConfig
+from synbrain_jax.data.arrays import prepare_arrays
+from synbrain_jax.data.pairs import load_trials, open_dataset
 from synbrain_jax.data.voxels import Voxels
+from synbrain_jax.interop.nifti import from_volume
 from synbrain_jax.models.brain_vae import BrainVAEConfig
 from synbrain_jax.models.semantic_to_neural import MapperConfig
 
@@ -58,6 +63,26 @@ def test_synthesize_writes_what_the_system_gives(bundle, tokens, tmp_path, capsy
         np.testing.assert_array_equal(written["voxel_ijk"], np.stack([np.arange(30)] * 3, 1))
     np.testing.assert_array_equal(np.load(tmp_path / "out.npy"), expected)
     assert np.abs(expected[:, 0] - expected[:, 1]).max() > 1e-3
+
+
+def test_synthesize_writes_volumes_in_the_space_of_the_data(bundle, tokens, tmp_path, capsys):
+    placed = load_bundle(bundle)
+    space = {"volume_shape": (30, 31, 32), "affine": np.diag([2.0, 2.0, 2.0, 1.0])}
+    placed = dataclasses.replace(placed, voxels=dataclasses.replace(placed.voxels, **space))
+    save_bundle(tmp_path / "placed", placed)
+    np.save(tmp_path / "in.npy", tokens)
+    names = {name: os.fspath(tmp_path / name) for name in ("in.npy", "out.npy", "brain.nii.gz", "placed")}
+    command = ["synthesize", "--tokens", names["in.npy"], "--out", names["out.npy"], "--nifti", names["brain.nii.gz"]]
+    main([*command, "--model", names["placed"], "--k", "2", "--variability", "posterior"])
+    assert "brain.nii.gz: 6 volumes" in capsys.readouterr().out
+    fmri, image = np.load(tmp_path / "out.npy"), nibabel.load(tmp_path / "brain.nii.gz")
+    assert image.shape == (30, 31, 32, 6)
+    for i, j in np.ndindex(3, 2):
+        np.testing.assert_array_equal(from_volume(image, placed.voxels)[2 * i + j], fmri[i, j])
+    (tmp_path / "out.npy").unlink()
+    err = error_of(capsys, main, [*command, "--model", os.fspath(bundle)])
+    assert "no place in a volume (volume_shape, affine unknown)" in err
+    assert not (tmp_path / "out.npy").exists()
 
 
 def error_of(capsys, command, arguments: list[str]) -> str:
@@ -189,7 +214,8 @@ def test_a_workdir_of_another_run_is_refused(tmp_path, capsys):
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
 
 
-def test_prepared_arrays_can_be_evaluated(tmp_path, bundle, capsys):
+def test_prepared_arrays_can_be_evaluated(tmp_path, bundle, capsys, monkeypatch):
+    monkeypatch.setattr(evaluation, "SAMPLED_STIMULI", 3)
     source = tmp_path / "mine.npz"
     rng = np.random.default_rng(0)
     np.savez(source, **experiment(fmri=rng.normal(size=(24, 30)).astype(np.float32)))
@@ -202,7 +228,38 @@ def test_prepared_arrays_can_be_evaluated(tmp_path, bundle, capsys):
     report = json.loads((out / "report.json").read_text())
     assert report["n_stimuli"] == 8
     assert report["scores"]["mean_pattern"]["pattern_r_centred"] == 0
+    with np.load(out / "predictions.npz") as file:
+        written = dict(file)
+    test, system, chosen = load_trials(open_dataset(prepared), "test"), load_pretrained(bundle), [0, 4, 7]
+    assert list(written["sampled_id"]) == [test.stimulus_id[row] for row in chosen]
+    for place, row in enumerate(chosen):
+        own = written["trials"][written["trial_stimulus"] == place]
+        np.testing.assert_array_equal(own, test.fmri[test.stimulus == row])
+    samples = system.synthesize(test.tokens[chosen], jax.random.key(0), k=8, variability="posterior")
+    np.testing.assert_allclose(written["samples"], samples, atol=1e-5)
     main(["evaluate", "--model", os.fspath(bundle), "--data", prepared, "--out", os.fspath(out), "--shift-tokens", "1"])
+    with np.load(out / "predictions.npz") as file:
+        np.testing.assert_allclose(file["prediction"], np.roll(written["prediction"], -1, axis=0), atol=1e-5)
+        shifted = system.synthesize(test.tokens[[1, 5, 0]], jax.random.key(0), k=8, variability="posterior")
+        np.testing.assert_allclose(file["samples"], shifted, atol=1e-5)
     shifted = json.loads((out / "report.json").read_text())
     assert shifted["scores"]["model"] != report["scores"]["model"]
     assert shifted["scores"]["ridge"] == report["scores"]["ridge"]
+
+
+def test_baselines_learn_from_as_much_as_the_model_did(tmp_path, bundle):
+    source, out = tmp_path / "mine.npz", tmp_path / "scores"
+    rng = np.random.default_rng(0)
+    np.savez(source, **experiment(fmri=rng.normal(size=(24, 30)).astype(np.float32)))
+    dataset = open_dataset(prepare_arrays(source, tmp_path / "data", name="x", validation_runs=(1,), test_runs=(2,)))
+    limited = load_bundle(bundle)
+    config = dataclasses.replace(limited.config, data=DataConfig(stimuli=3))
+    save_bundle(tmp_path / "bundle", dataclasses.replace(limited, config=config))
+    files = ["--model", os.fspath(tmp_path / "bundle"), "--data", os.fspath(dataset.path), "--out", os.fspath(out)]
+    main(["evaluate", *files])
+    train_of_model, test = (load_trials(dataset.limited(stimuli=3), split) for split in ("train", "test"))
+    assert len(train_of_model.stimulus_id) == 3 < len(test.stimulus_id)
+    with np.load(out / "predictions.npz") as file:
+        assert list(file["stimulus_id"]) == list(test.stimulus_id)
+        expected = np.tile(train_of_model.fmri.mean(axis=0), (len(test.stimulus_id), 1))
+        np.testing.assert_allclose(file["prediction_mean_pattern"], expected, atol=1e-6)

@@ -82,7 +82,7 @@ def values_of(kind):
         return fields_of(kind)
     if origin is typing.Literal:
         return st.sampled_from(options)
-    if origin is types.UnionType:
+    if origin in (types.UnionType, typing.Union):
         return st.one_of(*(st.none() if option is types.NoneType else values_of(option) for option in options))
     if origin is tuple:
         return st.lists(values_of(options[0]), min_size=1, max_size=3).map(tuple)
@@ -119,11 +119,11 @@ def config_fields(draw):
         positions=st.sampled_from(["computed", "stored"]),
         dtype=types_,
     )
-    batch, contrast = draw(st.integers(1, 9)), draw(st.none() | st.integers(1, 9))
-    batch_size, contrast_size = st.just(batch * (contrast or 1)), st.just(contrast)
+    batch, parts, contrast = draw(st.integers(1, 9)), draw(st.integers(1, 9)), draw(st.none() | st.integers(1, 9))
+    sizes = dict(batch_size=st.just(batch * parts * (contrast or 1)), accumulate=st.just(parts))
     start = st.none() if draw(st.booleans()) else st.just("last.pth")
-    stage1 = fields_of(Stage1Config, batch_size=batch_size, contrast_size=contrast_size, start_from=start)
-    stage2 = fields_of(Stage2Config, start_from=start)
+    stage1 = fields_of(Stage1Config, **sizes, contrast_size=st.just(contrast), start_from=start)
+    stage2 = fields_of(Stage2Config, **sizes, start_from=start)
     return draw(fields_of(Config, brain_vae=brain_vae, mapper=mapper, stage1=stage1, stage2=stage2))
 
 
@@ -173,7 +173,7 @@ WRONG_TYPES = {
     "log_every": ("20", "expected int"),
     "calibrate": (1, "expected bool"),
     "data": ([], "expected an object"),
-    "data.builder": ("nsd", "expected one of 'haxby2001', 'arrays', 'prepared'"),
+    "data.builder": ("bids", "expected one of 'haxby2001', 'arrays', 'nsd', 'prepared'"),
     "data.source": (3, "expected str"),
     "data.test_runs": (3, "expected a list"),
     "stage1.steps": (True, "expected int"),
@@ -234,6 +234,8 @@ INVALID = [
     ("stage1.steps", 0, "stage1.steps"),
     ("stage2.batch_size", -8, "stage2.batch_size"),
     ("stage2.eval_every", 0, "stage2.eval_every"),
+    ("stage1.accumulate", 0, "stage1.accumulate"),
+    ("stage2.accumulate", 5, "stage2.accumulate"),  # of a batch of 24
     ("stage1.average_share", 1.5, "stage1.average_share"),
     ("stage1.average_share", float("nan"), "stage1.average_share"),
     ("stage1.kl_weight", float("nan"), "stage1.kl_weight"),
@@ -252,6 +254,32 @@ def test_a_value_out_of_range_is_named_with_what_was_given(path, value, named):
         replaced(path, value)
     assert named in str(error.value)
     assert str(value) in str(error.value)
+
+
+def test_parts_of_a_batch_hold_whole_groups_of_the_contrast():
+    Config(name="x", stage1=Stage1Config(batch_size=24, contrast_size=6, accumulate=4))
+    with pytest.raises(InputError, match=r"stage1\.accumulate is 8: .* contrast_size = 6 samples; .* divisor of 4$"):
+        Config(name="x", stage1=Stage1Config(batch_size=24, contrast_size=6, accumulate=8))
+
+
+@pytest.mark.parametrize(
+    ("precision", "platform", "dtypes"),
+    [
+        ("auto", "cpu", ("float32", "float32")),
+        ("auto", "gpu", ("bfloat16", "bfloat16")),
+        ("auto", "tpu", ("bfloat16", "bfloat16")),
+        ("float32", "tpu", ("float32", "float32")),
+        ("bfloat16", "cpu", ("bfloat16", "bfloat16")),
+        (None, "gpu", ("float32", "bfloat16")),  # the models' own
+    ],
+)
+def test_precision_is_what_both_models_compute_in(precision, platform, dtypes):
+    given = Config(name="x", precision=precision, mapper=MapperConfig.small(dtype="bfloat16"))
+    found = given.for_platform(platform)
+    assert (found.brain_vae.dtype, found.mapper.dtype) == dtypes
+    changed_fields = {line.split(":")[0] for line in found.differences(given)}
+    assert changed_fields <= {"brain_vae.dtype", "mapper.dtype"}
+    assert found.for_platform(platform) == found
 
 
 def test_differences_list_every_changed_field_and_both_values():

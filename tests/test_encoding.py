@@ -245,7 +245,7 @@ def test_arrays_take_their_tokens_from_the_folder(stored_folder, tmp_path):
     np.savez(tmp_path / "full.npz", **fields, tokens=stored.tokens[:], tokens_stimulus_id=np.array(stored.stimulus_id))
     bare = DataConfig(builder="arrays", source=str(tmp_path / "bare.npz"), tokens=str(stored_folder))
     full = DataConfig(builder="arrays", source=str(tmp_path / "full.npz"))
-    found, expected = (open_dataset(prepare_data(config, tmp_path / "data")) for config in (bare, full))
+    found, expected = (open_dataset(*prepare_data(config, tmp_path / "data")) for config in (bare, full))
     for split in ("train", "validation", "test"):
         assert found.stimulus_ids(split) == expected.stimulus_ids(split)
         for one, other in zip(found.records(split), expected.records(split), strict=True):

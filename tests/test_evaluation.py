@@ -31,6 +31,8 @@ METRICS = [
     "trial_pattern_r",
     "trial_cosine",
 ]
+SHARES = ["voxel_r_normalised_median", "voxel_r2_normalised_mean"]
+WITH_SHARES = [*METRICS[:2], *SHARES, *METRICS[2:]]
 
 
 def make_trials(fmri, stimulus, run) -> Trials:
@@ -42,6 +44,7 @@ def make_trials(fmri, stimulus, run) -> Trials:
         fmri=np.asarray(fmri, np.float32),
         stimulus=stimulus,
         run=np.asarray(run, np.int32),
+        session=np.zeros(len(run), np.int32),
     )
 
 
@@ -109,6 +112,23 @@ def test_scores_equal_scipy_and_scikit_learn(uneven):
     assert scores == pytest.approx(expected, rel=1e-4, abs=1e-5)
 
 
+def test_shares_of_the_ceiling_are_over_the_reliable_voxels_alone():
+    ceiling = np.array([0.1, 0.3, 0.4, 0.5, 0.8, 0.8], np.float32)  # 0.3 is not above 0.3
+    r = np.array([0.9, 0.9, -0.2, 0.6, 0.2, 0.4], np.float32)
+    scores = evaluation.voxel_scores(r, ceiling)
+    assert scores == pytest.approx(
+        {
+            "voxel_r_mean": 2.8 / 6,
+            "voxel_r_median": 0.5,
+            "voxel_r_normalised_median": (0.25 + 0.5) / 2,  # of -0.5, 1.2, 0.25, 0.5
+            "voxel_r2_normalised_mean": (0 + 1 + 0.0625 + 0.25) / 4,
+        }
+    )
+    assert list(scores) == WITH_SHARES[:4]
+    assert list(evaluation.voxel_scores(r, np.full(6, 0.2, np.float32))) == METRICS[:2]
+    assert evaluation.voxel_scores(r) == evaluation.voxel_scores(r, np.full(6, 0.2, np.float32))
+
+
 def test_targets_of_stimuli_seen_in_different_runs():
     trials = make_trials([[1.0], [3.0], [8.0], [4.0], [6.0]], [0, 0, 0, 1, 1], [2, 2, 5, 3, 3])
     np.testing.assert_allclose(evaluation.stimulus_targets(trials), [[5.0], [5.0]])
@@ -151,6 +171,36 @@ def test_shifted_tokens_control(uneven):
     assert evaluation.shifted_tokens_control(ignore, uneven) == pytest.approx(1, abs=1e-5)
 
 
+def test_shifted_predictions_are_made_in_parts_from_shifted_tokens(uneven, monkeypatch):
+    monkeypatch.setattr(evaluation, "READ_TOGETHER", 2)
+    sizes = []
+
+    def first_token(tokens):
+        sizes.append(len(tokens))
+        return tokens[:, 0]
+
+    for shift in (0, 2, -1, 7):
+        expected = [uneven.tokens[(i + shift) % 5, 0] for i in range(5)]
+        np.testing.assert_array_equal(evaluation.predict_shifted(first_token, uneven.tokens, shift), expected)
+    assert sizes == [2, 2, 1] * 4
+
+
+def test_the_control_makes_as_many_shifts_as_it_may(uneven, monkeypatch):
+    monkeypatch.setattr(evaluation, "CONTROL_PREDICTIONS", 10)
+    given = []
+
+    def remember(tokens):
+        given.append(int(np.flatnonzero((uneven.tokens == tokens[0]).all(axis=(1, 2)))[0]))
+        return evaluation.stimulus_targets(uneven)
+
+    evaluation.shifted_tokens_control(remember, uneven)
+    assert given == [2, 3]
+    monkeypatch.setattr(evaluation, "CONTROL_PREDICTIONS", 4)
+    evaluation.shifted_tokens_control(remember, uneven)
+    assert len(given) == 3
+    assert given[-1] != 0
+
+
 # ---- noise ceiling ---------------------------------------------------------------------------------
 
 
@@ -189,7 +239,9 @@ def test_ceiling_of_white_noise_has_closed_forms():
     fresh = [balanced(signal, white(signal.shape), runs, seed=seed) for seed in range(10, 30)]
     truth_scores = [evaluation.score(signal.astype(np.float32), trials) for trials in fresh]
     reached = {name: np.mean([one[name] for one in truth_scores]) for name in METRICS}
-    assert ceiling.scores == pytest.approx(reached, rel=0.02)
+    assert {name: ceiling.scores[name] for name in METRICS} == pytest.approx(reached, rel=0.02)
+    assert list(ceiling.scores) == WITH_SHARES
+    assert [ceiling.scores[name] for name in SHARES] == [1, 1]
 
 
 def test_ceiling_keeps_noise_correlations_and_what_a_run_shares():
@@ -235,31 +287,36 @@ def test_no_ceiling_where_nothing_repeats(uneven):
 def test_report_and_arrays(uneven):
     model = evaluation.stimulus_targets(uneven) + np.random.default_rng(3).normal(size=(5, 40)).astype(np.float32)
     later = dataclasses.replace(uneven, run=uneven.run + 3)
+    places = np.arange(40)
+    rois = {"a/early": places < 10, "a/late": places >= 25, "b/few": places < 9, "b/none": places < 0}
     result = evaluation.evaluate(
         model,
         train=uneven,
         validation=later,
         test=later,
-        voxels=make_voxels(0.7, 40),
+        voxels=dataclasses.replace(make_voxels(np.repeat([0.7, 0.1], 20), 40), rois=rois),
         dataset="toy",
         split="validation",
         extra={"model_raw": 2 * model},
     )
     names = ["model", "model_raw", "stimulus_mean", "ridge", "kernel_ridge", "mean_pattern", "noise_ceiling"]
-    scores = result.report.pop("scores")
+    scores, regions = result.report.pop("scores"), result.report.pop("rois")
     assert result.report == {
         "dataset": "toy",
         "split": "validation",
         "n_stimuli": 5,
         "n_trials": len(uneven.fmri),
         "n_voxels": 40,
+        "reliable": {"ceiling_r_above": 0.3, "n_voxels": 20},  # noise ceilings of r: 0.77 and 0.17
+        "rois_left_out": {"b/few": 9, "b/none": 0},
     }
     assert list(scores) == names
     assert json.loads(json.dumps(scores)) == scores
     for row in scores.values():
-        assert list(row) == METRICS
+        assert list(row) == WITH_SHARES
         assert all(type(value) is float and math.isfinite(value) for value in row.values())
-    assert scores["model"] == evaluation.score(model, later)
+    ceiling = metrics.noise_ceiling_r(np.repeat([0.7, 0.1], 20), 3).astype(np.float32)
+    assert scores["model"] == evaluation.score(model, later, ceiling)
     assert scores["model_raw"]["pattern_r"] == pytest.approx(scores["model"]["pattern_r"], rel=1e-5)
 
     file = io.BytesIO()
@@ -271,14 +328,28 @@ def test_report_and_arrays(uneven):
     target = evaluation.stimulus_targets(later)
     np.testing.assert_array_equal(arrays["prediction"], model)
     np.testing.assert_array_equal(arrays["target"], target)
-    np.testing.assert_allclose(arrays["prediction_centred"], model - model.mean(axis=0), atol=1e-6)
-    np.testing.assert_allclose(arrays["target_centred"], target - target.mean(axis=0), atol=1e-6)
     np.testing.assert_allclose(
         arrays["voxel_r"], scipy.stats.pearsonr(model, target, axis=0).statistic, rtol=1e-4, atol=1e-5
     )
-    np.testing.assert_allclose(arrays["voxel_r_ceiling"], metrics.noise_ceiling_r(np.full(40, 0.7), 3), rtol=1e-5)
+    np.testing.assert_allclose(arrays["voxel_r_ceiling"], ceiling, rtol=1e-6)
     for name in names[1:-1]:
-        assert scores[name] == evaluation.score(arrays[f"prediction_{name}"], later)
+        assert scores[name] == evaluation.score(arrays[f"prediction_{name}"], later, ceiling)
+
+    predictions = {"model": model} | {name: arrays[f"prediction_{name}"] for name in names[1:-1]}
+    assert list(regions) == ["a/early", "a/late"]
+    for name, size in (("a/early", 10), ("a/late", 15)):
+        assert regions[name]["n_voxels"] == size
+        assert list(regions[name]["rows"]) == names
+        for row, prediction in predictions.items():
+            within = evaluation.score(
+                prediction[:, rois[name]],
+                dataclasses.replace(later, fmri=later.fmri[:, rois[name]]),
+                ceiling[rois[name]],
+            )
+            expected = {metric: value for metric, value in within.items() if metric.startswith("voxel_r")}
+            assert regions[name]["rows"][row] == pytest.approx(expected, rel=1e-5, abs=1e-6)
+            assert len(expected) == (4 if name == "a/early" else 2)  # no voxel of the other is reliable
+        assert regions[name]["rows"]["noise_ceiling"]["voxel_r_median"] == pytest.approx(ceiling[rois[name]][0])
 
 
 def test_rows_that_do_not_apply_are_left_out(uneven):
@@ -292,6 +363,7 @@ def test_rows_that_do_not_apply_are_left_out(uneven):
         dataset="toy",
     )
     assert list(result.report["scores"]) == ["model", "ridge", "kernel_ridge", "mean_pattern"]
+    assert not {"reliable", "rois", "rois_left_out"} & result.report.keys()
     assert "voxel_r_ceiling" not in result.arrays
 
 

@@ -14,9 +14,10 @@ PACKAGE = ROOT / "synbrain_jax"
 
 # Rooms from the ground up: a module imports only modules of lower floors, and on one floor nobody imports a neighbour.
 FLOORS = [
-    ["errors"],
+    ["errors", "models.operations", "plan.hlo"],
     [
         "files",
+        "distributed",
         "sharding",
         "losses",
         "metrics",
@@ -25,24 +26,36 @@ FLOORS = [
         "interop.released_metrics",
         "interop.state_dicts",
         "preprocessing",
+        "plan.machines",
     ],
-    ["models.brain_vae", "models.clip_vision", "models.semantic_to_neural", "data.voxels"],
+    [
+        "models.brain_vae",
+        "models.clip_vision",
+        "models.semantic_to_neural",
+        "data.tokens",
+        "data.voxels",
+        "data.simulated_brain",
+    ],
     ["config"],
     [
         "data.array_files",
+        "data.nsd_files",
         "data.pairs",
         "data.pictures",
-        "data.tokens",
         "checkpoint",
         "figures",
         "progress",
         "interop.clip_weights",
+        "interop.nifti",
     ],
-    ["data.builder", "synthesis", "training", "report", "baselines"],
+    ["brain_figures", "data.nsd_download"],
+    ["data.batches", "data.builder", "data.simulate", "synthesis", "training", "report", "baselines"],
     ["interop.torch_weights", "encoding"],
     ["interop.torch_training"],
-    ["data.arrays", "data.haxby", "stages", "evaluation"],
-    ["data"],
+    ["data.arrays", "data.haxby", "data.nsd", "stages", "evaluation"],
+    ["data", "plan.programs"],
+    ["plan.roofline"],
+    ["plan"],
     ["cli"],
 ]
 NO_ROOM = {"__init__", "interop", "models"}  # they only name what is inside

@@ -139,6 +139,27 @@ def test_ncsnr_is_nsds_formula_on_z_scored_voxels():
     )  # any scale, any offset
 
 
+def test_ncsnr_of_session_z_scored_data_is_what_nsd_computes():
+    """Sessions of other gain and offset, stimuli seen one to three times anywhere: NSD uses those seen three times."""
+    true = np.repeat([0.0, 0.3, 0.6, 1.2], 30)
+    fmri, stimulus, _ = simulated_repeats(true, np.tile([3, 3, 3, 2, 1], 250))
+    session = np.arange(len(stimulus)) // 750
+    rng = np.random.default_rng(1)
+    for one in np.unique(session):
+        rows = session == one
+        fmri[rows] = scipy.stats.zscore(rng.uniform(0.5, 2, 120) * fmri[rows] + rng.normal(size=120), axis=0, ddof=1)
+    thrice = np.flatnonzero(np.bincount(stimulus) == 3)
+    noise_sd = np.sqrt(np.mean([fmri[stimulus == s].var(axis=0, ddof=1) for s in thrice], axis=0))
+    nsd = np.sqrt(np.maximum(0, 1 - noise_sd**2)) / noise_sd
+    ours = metrics.ncsnr(fmri[np.isin(stimulus, thrice)], stimulus[np.isin(stimulus, thrice)])
+    reliable = true > 0
+    np.testing.assert_allclose(ours[reliable], nsd[reliable], atol=0.06)  # the 1 is the variance of all trials
+    for estimate in (nsd, metrics.ncsnr(fmri, stimulus)):
+        of_three = metrics.noise_ceiling_r(estimate, 3).reshape(4, 30).mean(axis=1)
+        np.testing.assert_allclose(of_three[1:], metrics.noise_ceiling_r(np.array([0.3, 0.6, 1.2]), 3), atol=0.02)
+    assert metrics.noise_ceiling(metrics.ncsnr(fmri, stimulus), 3)[:30].mean() < 5
+
+
 def test_ncsnr_pools_unequal_repeats_and_ignores_single_trials():
     fmri = np.array([[0.0], [2.0], [10.0], [11.0], [12.0], [20.0]])
     stimulus = np.array([0, 0, 1, 1, 1, 2])

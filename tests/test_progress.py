@@ -11,7 +11,8 @@ from types import SimpleNamespace
 import pytest
 from tensorboardX.proto.event_pb2 import Event
 
-from synbrain_jax.progress import Progress
+from synbrain_jax import progress as progress_room
+from synbrain_jax.progress import Progress, open_progress
 
 
 def lines(folder) -> list[dict]:
@@ -125,3 +126,16 @@ def test_the_selected_checkpoint_is_noted(tmp_path, value):
         progress.write_selected(8, "val/mse", value)
     noted = json.loads((tmp_path / "selected.json").read_text())
     assert noted == {"step": 8, "metric": "val/mse", "value": value}
+
+
+def test_of_several_processes_one_logs(tmp_path, monkeypatch, capsys):
+    for first in (True, False):
+        monkeypatch.setattr(progress_room, "is_first", lambda first=first: first)
+        folder = tmp_path / str(first)
+        with open_progress(folder, "stage1", 0, 3) as progress:
+            progress.log(1, "train", {"loss": 1.0})
+            progress.advance(1)
+            progress.write_selected(1, "last", 1.0)
+        assert bool(capsys.readouterr().err) == first
+        assert folder.exists() == first
+    assert lines(tmp_path / "True") == [{"step": 1, "train/loss": 1.0}]

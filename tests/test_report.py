@@ -33,10 +33,11 @@ def arrays() -> dict[str, np.ndarray]:
     rng = np.random.default_rng(0)
     return {
         "stimulus_id": np.array(["ant", "bee", "cow"]),
-        "prediction_centred": rng.normal(size=(STIMULI, VOXELS)).astype(np.float32),
-        "target_centred": rng.normal(size=(STIMULI, VOXELS)).astype(np.float32),
+        "prediction": rng.normal(size=(STIMULI, VOXELS)).astype(np.float32),
+        "target": rng.normal(size=(STIMULI, VOXELS)).astype(np.float32),
         "voxel_r": rng.uniform(-1, 1, VOXELS).astype(np.float32),
         "voxel_r_ceiling": rng.uniform(0, 1, VOXELS).astype(np.float32),
+        "sampled_id": np.array(["ant", "bee", "cow"]),
         "samples": rng.normal(size=(STIMULI, SAMPLES, VOXELS)).astype(np.float32),
         "trials": rng.normal(size=(TRIALS, VOXELS)).astype(np.float32),
         "trial_stimulus": rng.permutation(np.repeat(np.arange(STIMULI, dtype=np.int32), TRIALS // STIMULI)),
@@ -122,6 +123,50 @@ def test_missing_null_and_nan_scores_are_dashes_and_unknown_rows_come_last():
     assert rows["paper_knob"] == ["0.000", *["-"] * 8]
 
 
+@pytest.mark.parametrize("table", [report.format_table, report.markdown_table])
+def test_shares_of_the_ceiling_and_regions_stand_in_tables_of_their_own(table):
+    changed = content(
+        reliable={"ceiling_r_above": 0.3, "n_voxels": 12345}, rois_left_out={"faces/OFA": 3, "areas/MT": 0}
+    )
+    for row, name in enumerate(report.NAMES):
+        changed["scores"][name] |= {"voxel_r_normalised_median": row + 0.25, "voxel_r2_normalised_mean": row + 0.5}
+    del changed["scores"]["stimulus_mean"]
+    rows = {name: {"voxel_r_median": 0.5 + 0.1 * at} for at, name in enumerate(changed["scores"])}
+    changed["rois"] = {
+        "prf-visualrois/V1v": {"n_voxels": 1350, "rows": rows | {"model": {"voxel_r_median": -0.25}}},
+        "streams/early": {
+            "n_voxels": 20,
+            "rows": {**rows, "model": {"voxel_r_median": 0.125, "voxel_r_normalised_median": 0.75}},
+        },
+    }
+    text = table(changed)
+    lines = text.splitlines()
+    assert "over the 12,345 voxels whose ceiling of r is above 0.3:" in text
+    assert "Regions with too few voxels: faces/OFA (3), areas/MT (0)." in text
+    before = lines[: lines.index("Regions, median voxel r; the last column is over their reliable voxels alone:")]
+    for row, name in enumerate(report.NAMES):
+        share = [cells(line) for line in before if cells(line)[:1] == [name]][-1]
+        assert share[1:] == (["-", "-"] if name == "stimulus_mean" else [f"{row + 0.25:.3f}", f"{row + 0.5:.3f}"])
+    regions = {cells(line)[0]: cells(line)[1:] for line in lines[len(before) :] if "." in line and cells(line)}
+    others = ["0.600", "0.700", "0.800", "0.900"]
+    assert regions["prf-visualrois/V1v"] == ["1,350", "-0.250", *others, "-"]
+    assert regions["streams/early"] == ["20", "0.125", *others, "0.750"]
+    if table is report.format_table:
+        assert max(map(len, lines)) <= 110
+        assert cells(lines[len(before) + 2]) == ["voxels", "model", "ridge", "kernel", "mean", "noise", "model"]
+        assert cells(lines[len(before) + 3]) == ["ridge", "pattern", "ceiling", "r/ceiling"]
+    else:
+        assert lines[len(before) + 2].startswith(
+            "|  | voxels | model | ridge | kernel ridge | mean pattern | noise ceil"
+        )
+
+
+def test_regions_that_are_all_too_small_get_no_table():
+    text = report.format_table(content(rois={}, rois_left_out={"faces/OFA": 3}))
+    assert "Regions, median" not in text
+    assert "Regions with too few voxels: faces/OFA (3)." in text
+
+
 def test_closing_lines_give_the_ratios_controls_and_a_gain_of_nothing():
     changed = content(controls={"shifted_tokens": -0.05}, gain=0.0)
     changed["scores"]["model"]["pattern_r_centred"] = 0.3
@@ -190,33 +235,29 @@ def images(figure) -> list:
 
 def test_patterns_pair_measured_with_synthesised_on_one_symmetric_scale_per_kind():
     a, v = arrays(), voxels()
-    figure = figures.patterns(a["stimulus_id"], a["target_centred"], a["prediction_centred"], v, "tiny")
+    figure = figures.patterns(a["stimulus_id"], a["target"], a["prediction"], v, "tiny")
     drawn = images(figure)
-    for image, values in zip(drawn, [*a["target_centred"], *a["prediction_centred"]], strict=True):
+    for image, values in zip(drawn, [*a["target"], *a["prediction"]], strict=True):
         expected = figures.volume_slice(values, v.ijk, SHAPE).T
         np.testing.assert_array_equal(image.get_array().filled(np.nan), expected)
         assert image.origin == "lower"
-    for kind, name in ((drawn[:STIMULI], "target_centred"), (drawn[STIMULI:], "prediction_centred")):
+    for kind, name in ((drawn[:STIMULI], "target"), (drawn[STIMULI:], "prediction")):
         limits = {image.get_clim() for image in kind}
         assert len(limits) == 1
         low, high = limits.pop()
         assert high == -low == pytest.approx(np.percentile(np.abs(a[name]), 99))
     labels = [image.axes.get_xlabel() for image in drawn[STIMULI:]]
-    r = [
-        scipy.stats.pearsonr(p, t).statistic for p, t in zip(a["prediction_centred"], a["target_centred"], strict=True)
-    ]
+    r = [scipy.stats.pearsonr(p, t).statistic for p, t in zip(a["prediction"], a["target"], strict=True)]
     assert labels == [f"r = {value:.2f}" for value in r]
     assert [image.axes.get_title() for image in drawn[:STIMULI]] == ["ant", "bee", "cow"]
 
 
 def test_patterns_without_geometry_are_strips_and_say_so():
     a = arrays()
-    figure = figures.patterns(
-        a["stimulus_id"], a["target_centred"], a["prediction_centred"], voxels(geometry=False), "tiny"
-    )
+    figure = figures.patterns(a["stimulus_id"], a["target"], a["prediction"], voxels(geometry=False), "tiny")
     measured, synthesised = images(figure)
-    np.testing.assert_array_equal(measured.get_array(), a["target_centred"])
-    np.testing.assert_array_equal(synthesised.get_array(), a["prediction_centred"])
+    np.testing.assert_array_equal(measured.get_array(), a["target"])
+    np.testing.assert_array_equal(synthesised.get_array(), a["prediction"])
     assert "strips in voxel order" in figure.get_suptitle()
 
 
@@ -292,12 +333,17 @@ def test_loss_curves_draw_each_term_once_and_mark_the_chosen_step():
 )
 def test_write_report_leaves_table_and_pictures(tmp_path, geometry, without):
     workdir = write_run(tmp_path, geometry=geometry, without=without)
+    scores = content()
+    if geometry:
+        scores |= {"rois": {"areas/V1": {"n_voxels": 12, "rows": scores["scores"]}}, "rois_left_out": {}}
+        files.write_text(workdir / "report.json", json.dumps(scores))
     text = report.write_report(workdir)
-    assert text == report.format_table(content()) == (workdir / "report.txt").read_text()
+    assert text == report.format_table(scores) == (workdir / "report.txt").read_text()
     markdown = (workdir / "report.md").read_text()
-    assert markdown.startswith(report.markdown_table(content()))
+    assert markdown.startswith(report.markdown_table(scores))
     links = re.findall(r"!\[.+\]\((.+)\)", markdown)
-    assert links == [f"figures/{name}.png" for name in ("loss_curves", "patterns", "voxel_r", "samples")]
+    names = ["loss_curves", "patterns", "voxel_r", "samples", *(["regions", "slices"] if geometry else [])]
+    assert links == [f"figures/{name}.png" for name in names]
     for link in links:
         picture = imread(workdir / link)
         assert picture.shape[0] > 300

@@ -1,9 +1,13 @@
 """`train.py` as its users run it, at a tiny size: kill and resume, and what wrong input leaves behind."""
 
+import itertools
 import json
 import os
+import random
 import re
+import resource
 import shlex
+import shutil
 import signal
 import subprocess
 import time
@@ -55,27 +59,77 @@ def wait_for_step(process: subprocess.Popen, log: Path, step: int) -> None:
     pytest.fail(f"ended before it could be killed: {process.stderr.read()}")
 
 
-def test_a_killed_run_ends_with_the_same_bits(uninterrupted, train, start_training, tmp_path):
-    expected_dir, _ = uninterrupted
-    workdir = tmp_path / "workdir"
-    arguments = ["haxby", "--workdir", os.fspath(workdir), *TINY]
-    for stage, step in (("stage1", 7), ("stage1", 21), ("stage2", 14)):
-        process = start_training(*arguments)
-        wait_for_step(process, workdir / stage / "metrics.jsonl", step)
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-        assert process.returncode == -signal.SIGKILL
-    train(*arguments)
-
+def assert_same_bits(workdir: Path, expected_dir: Path) -> None:
+    """Of everything that two runs left: parameters, correction, scores, logs and what was selected."""
     expected, resumed = load_bundle(expected_dir / "bundle"), load_bundle(workdir / "bundle")
     jax.tree.map(np.testing.assert_array_equal, resumed.params, expected.params)
     np.testing.assert_array_equal(resumed.offset, expected.offset)
     assert resumed.gain == expected.gain
     scores = [json.loads((folder / "report.json").read_text())["scores"] for folder in (workdir, expected_dir)]
     assert scores[0] == scores[1]
-    for stage in ("stage1", "stage2"):
-        logs = [(folder / stage / "metrics.jsonl").read_text() for folder in (workdir, expected_dir)]
-        assert logs[0] == logs[1]
+    for stage, name in itertools.product(("stage1", "stage2"), ("metrics.jsonl", "selected.json")):
+        assert (workdir / stage / name).read_text() == (expected_dir / stage / name).read_text()
+
+
+def test_a_run_that_was_stopped_and_killed_ends_with_the_same_bits(uninterrupted, train, start_training, tmp_path):
+    expected_dir, _ = uninterrupted
+    workdir = tmp_path / "workdir"
+    arguments = ["haxby", "--workdir", os.fspath(workdir), *TINY]
+    kill, stop = (signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, 0)
+    for stage, step, (sent, code) in (("stage1", 7, kill), ("stage1", 15, stop), ("stage2", 14, kill)):
+        process = start_training(*arguments)
+        wait_for_step(process, workdir / stage / "metrics.jsonl", step)
+        process.send_signal(sent)
+        err = process.communicate()[1]
+        assert process.returncode == code, err
+        if sent == signal.SIGTERM:
+            saved = re.fullmatch(r"stopped: stage1 is saved at step (\d+), and the same .*", err.splitlines()[-1])[1]
+            assert (workdir / "stage1" / "checkpoints" / saved).exists()
+    train(*arguments)
+    assert_same_bits(workdir, expected_dir)
+
+
+def test_a_full_disk_is_one_line_and_what_was_saved_stays(uninterrupted, train, start_training, tmp_path):
+    """A limit to the size of files is as much of a full disk as a user can make: no checkpoint fits."""
+    workdir = tmp_path / "workdir"
+    shutil.copytree(uninterrupted[0], workdir)
+    (workdir / "stage2" / "selected.json").unlink()
+    shutil.rmtree(workdir / "stage2" / "checkpoints" / "32")
+    arguments = ["haxby", "--workdir", os.fspath(workdir), *TINY]
+    process = start_training(*arguments)
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (2**16, 2**16))
+    out, err = process.communicate(timeout=600)
+    assert process.returncode == 1, err
+    assert "Traceback" not in err
+    line = err.splitlines()[-1]
+    assert line.startswith(f"error: {workdir}/stage2/checkpoints: cannot be written (")
+    assert "File too large" in line
+    assert out == ""
+    assert (workdir / "stage2" / "checkpoints" / "28").exists()
+    assert not (workdir / "stage2" / "checkpoints" / "32").exists()
+    assert not (workdir / "stage2" / "selected.json").exists()
+    train(*arguments)
+    assert_same_bits(workdir, uninterrupted[0])
+
+
+@pytest.mark.slow
+def test_twenty_kills_at_random_moments_change_nothing(uninterrupted, train, start_training, tmp_path):
+    """Anywhere: while the program starts, reads, steps, validates, writes a checkpoint, or goes on to stage 2."""
+    workdir = tmp_path / "workdir"
+    arguments = ["haxby", "--workdir", os.fspath(workdir), *TINY]
+    rng = random.Random(0)
+    moments = sorted((stage, rng.randint(1, 28)) for stage in 10 * ("stage1", "stage2"))
+    for stage, step in moments:
+        log = workdir / stage / "metrics.jsonl"
+        reached = log.exists() and f'"step": {step}' in log.read_text()
+        process = start_training(*arguments)
+        wait_for_step(process, log, step)
+        time.sleep(rng.uniform(0, 6 if reached else 0.3))  # a start takes some seconds
+        process.kill()
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL
+    train(*arguments)
+    assert_same_bits(workdir, uninterrupted[0])
 
 
 def test_a_finished_run_is_not_trained_again(uninterrupted, train):

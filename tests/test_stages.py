@@ -14,7 +14,8 @@ from sklearn.linear_model import LinearRegression
 from synbrain_jax import stages
 from synbrain_jax.checkpoint import Bundle
 from synbrain_jax.config import DataConfig, Stage1Config, Stage2Config
-from synbrain_jax.data.pairs import Trials, load_trials, training_batches
+from synbrain_jax.data.batches import training_batches
+from synbrain_jax.data.pairs import Trials, load_trials
 from synbrain_jax.models.brain_vae import BrainVAE
 from synbrain_jax.models.semantic_to_neural import SemanticToNeural
 from synbrain_jax.sharding import make_mesh
@@ -101,7 +102,7 @@ def test_the_contrast_may_be_within_parts_of_a_batch_but_not_in_validation(tiny_
 
     config = dataclasses.replace(CONFIG, stage1=settings)
     validated = [
-        stages.stage1(one, tiny_dataset, splits["validation"]).validate(PARAMS["brain_vae"])
+        stages.stage1(one, [tiny_dataset], [splits["validation"]]).validate(PARAMS["brain_vae"])
         for one in (config, dataclasses.replace(config, stage1=dataclasses.replace(settings, contrast_size=None)))
     ]
     assert validated[0] == validated[1]
@@ -111,7 +112,7 @@ def test_the_contrast_may_be_within_parts_of_a_batch_but_not_in_validation(tiny_
 def test_the_stop_rule_counts_as_the_loss_does(tiny_dataset, splits, scale, of_mse):
     def stop(below):
         settings = dataclasses.replace(CONFIG.stage1, stop_below=below, loss_scale=scale)
-        return stages.stage1(dataclasses.replace(CONFIG, stage1=settings), tiny_dataset, splits["validation"]).stop
+        return stages.stage1(dataclasses.replace(CONFIG, stage1=settings), [tiny_dataset], [splits["validation"]]).stop
 
     terms = {"mse": 0.5, "loss": 9.0}
     assert stop(0.5 * of_mse * 1.01)(terms)
@@ -151,9 +152,9 @@ def test_without_a_target_the_trial_itself_is_encoded_and_the_encoder_gets_no_gr
 
 def test_both_stages_start_from_their_models_and_read_their_settings(tiny_dataset, splits):
     """Shapes of the initial parameters; batches in model order; what stage 2 is given is not trained."""
-    first = stages.stage1(CONFIG, tiny_dataset, splits["validation"])
+    first = stages.stage1(CONFIG, [tiny_dataset], [splits["validation"]])
     targets = np.random.default_rng(0).normal(size=(9, tiny.TOKENS, tiny.WIDTH)).astype(np.float32)
-    second = stages.stage2(CONFIG, tiny_dataset, splits["validation"], PARAMS["brain_vae"], targets)
+    second = stages.stage2(CONFIG, [tiny_dataset], [splits["validation"]], PARAMS["brain_vae"], [targets])
     for stage, name in ((first, "brain_vae"), (second, "mapper")):
         shapes = jax.eval_shape(stage.init, jax.random.key(0))
         assert jax.tree.map(jnp.shape, shapes) == jax.tree.map(np.shape, PARAMS[name])
@@ -171,19 +172,49 @@ def test_both_stages_start_from_their_models_and_read_their_settings(tiny_datase
     np.testing.assert_allclose(mean["fmri"], means[:, order], atol=1e-6)
 
     reseeded = dataclasses.replace(CONFIG, seed=1)
-    again = next(stages.stage1(CONFIG, tiny_dataset, splits["validation"]).batches)
-    other = next(stages.stage1(reseeded, tiny_dataset, splits["validation"]).batches)
+    again = next(stages.stage1(CONFIG, [tiny_dataset], [splits["validation"]]).batches)
+    other = next(stages.stage1(reseeded, [tiny_dataset], [splits["validation"]]).batches)
     np.testing.assert_array_equal(again["fmri"], trial["fmri"])
     assert (other["fmri"] != trial["fmri"]).any()
 
     given_order = dataclasses.replace(CONFIG, data=DataConfig(voxel_order="given"))
-    trial = next(stages.stage1(given_order, tiny_dataset, splits["validation"]).batches)
+    trial = next(stages.stage1(given_order, [tiny_dataset], [splits["validation"]]).batches)
     given = {row.tobytes() for row in train.fmri}
     assert all(row.tobytes() in given for row in trial["fmri"])
 
     one_trial = dataclasses.replace(CONFIG, stage2=dataclasses.replace(CONFIG.stage2, target="trial"))
-    batch = next(stages.stage2(one_trial, tiny_dataset, splits["validation"], PARAMS["brain_vae"], targets).batches)
+    batch = next(
+        stages.stage2(one_trial, [tiny_dataset], [splits["validation"]], PARAMS["brain_vae"], [targets]).batches
+    )
     assert set(batch) == {"fmri", "tokens"}
+
+
+# ---- several subjects ----------------------------------------------------------------------------
+
+
+def test_several_subjects_are_validated_each_and_on_average(two_subjects):
+    validation = [load_trials(dataset, "validation") for dataset in two_subjects]
+    for make, more in ((stages.stage1, lambda _: []), (stages.stage2, lambda n: [PARAMS["brain_vae"], [None] * n])):
+        params = PARAMS["brain_vae" if make is stages.stage1 else "mapper"]
+        together = make(CONFIG, two_subjects, validation, *more(2)).validate(params)
+        alone = [make(CONFIG, [two_subjects[i]], [validation[i]], *more(1)).validate(params) for i in (0, 1)]
+        for name in alone[0]:
+            assert together.pop(name) == pytest.approx(np.mean([numbers[name] for numbers in alone]))
+            assert [together.pop(f"{name}/{who}") for who in ("tiny", "second")] == [one[name] for one in alone]
+        assert together == {}
+
+
+def test_the_stop_rule_counts_the_mean_number_of_voxels(two_subjects):
+    settings = dataclasses.replace(CONFIG.stage1, stop_below=0.5 * 37.5, loss_scale="sum")
+    validation = [load_trials(dataset, "validation") for dataset in two_subjects]
+    stop = stages.stage1(dataclasses.replace(CONFIG, stage1=settings), two_subjects, validation).stop
+    assert stop({"mse": 0.499})
+    assert not stop({"mse": 0.501})
+
+
+def test_one_subject_has_the_workdir_and_several_have_folders_in_it(two_subjects, tmp_path):
+    assert stages.folders(tmp_path, two_subjects[:1]) == [tmp_path]
+    assert stages.folders(tmp_path, two_subjects) == [tmp_path / "tiny", tmp_path / "second"]
 
 
 # ---- targets of stage 2 --------------------------------------------------------------------------
@@ -240,11 +271,20 @@ def test_mean_targets_have_the_gradient_of_all_single_trials(tiny_dataset, encod
     targets, order = encoded[1], tiny_dataset.voxels.order
     means = next(
         training_batches(
-            tiny_dataset, "train", batch_size=9, seed=0, unit="stimulus", targets=targets, order=order, num_threads=0
+            [tiny_dataset],
+            "train",
+            batch_size=9,
+            seed=0,
+            unit="stimulus",
+            targets=[targets],
+            orders=[order],
+            num_threads=0,
         )
     )
     trials = next(
-        training_batches(tiny_dataset, "train", batch_size=sum(tiny.TRAIN_TRIALS), seed=0, order=order, num_threads=0)
+        training_batches(
+            [tiny_dataset], "train", batch_size=sum(tiny.TRAIN_TRIALS), seed=0, orders=[order], num_threads=0
+        )
     )
     assert len(set(means["weight"])) > 1
     loss = mapper_loss(MAPPER, VAE, Stage2Config())
@@ -268,7 +308,7 @@ def test_mean_targets_have_the_gradient_of_all_single_trials(tiny_dataset, encod
 def test_the_first_stage_is_validated_on_interleaved_batches(tiny_dataset, splits, size):
     config = dataclasses.replace(CONFIG, stage1=dataclasses.replace(CONFIG.stage1, batch_size=size))
     validation, order = splits["validation"], tiny_dataset.voxels.order
-    numbers = stages.stage1(config, tiny_dataset, validation).validate(PARAMS["brain_vae"])
+    numbers = stages.stage1(config, [tiny_dataset], [validation]).validate(PARAMS["brain_vae"])
     # Full batches that each span the split; trials are ordered by stimulus.
     count = 18 // size or 1
     used = [round(j * 17 / (count * min(size, 18) - 1)) for j in range(count * min(size, 18))]
@@ -290,7 +330,7 @@ def test_the_first_stage_is_validated_on_interleaved_batches(tiny_dataset, split
 def test_the_second_stage_is_validated_by_decoded_patterns(tiny_dataset, splits, size):
     config = dataclasses.replace(CONFIG, stage2=dataclasses.replace(CONFIG.stage2, batch_size=size))
     validation = splits["validation"]
-    stage = stages.stage2(config, tiny_dataset, validation, PARAMS["brain_vae"], None)
+    stage = stages.stage2(config, [tiny_dataset], [validation], PARAMS["brain_vae"], [None])
     numbers = stage.validate(PARAMS["mapper"])
     target = np.stack([validation.fmri[validation.stimulus == s].mean(0) for s in range(9)])[
         :, tiny_dataset.voxels.order
@@ -307,7 +347,7 @@ def test_the_second_stage_is_validated_by_decoded_patterns(tiny_dataset, splits,
 
 def test_a_mapper_that_says_the_same_of_every_picture_correlates_with_nothing(tiny_dataset, splits):
     """As a fresh one does; rounding must not turn a constant into a correlation."""
-    stage = stages.stage2(CONFIG, tiny_dataset, splits["validation"], PARAMS["brain_vae"], None)
+    stage = stages.stage2(CONFIG, [tiny_dataset], [splits["validation"]], PARAMS["brain_vae"], [None])
     constant = jax.tree.map_with_path(
         lambda path, leaf: np.zeros_like(leaf) if path[0].key == "final" and path[1].key == "kernel" else leaf,
         PARAMS["mapper"],
@@ -328,6 +368,7 @@ def make_trials(fmri, stimulus) -> Trials:
         fmri=np.asarray(fmri, np.float32),
         stimulus=np.asarray(stimulus, np.int32),
         run=np.zeros(len(stimulus), np.int32),
+        session=np.zeros(len(stimulus), np.int32),
     )
 
 

@@ -7,13 +7,16 @@ import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import tiny
+from golden_set import relative_error
 
 from synbrain_jax import training
 from synbrain_jax.checkpoint import Checkpoints
 from synbrain_jax.config import Config, OptimizerConfig, Stage1Config, Stage2Config
 from synbrain_jax.errors import InputError, NonFiniteLoss
+from synbrain_jax.losses import soft_clip
 from synbrain_jax.sharding import make_mesh
 from synbrain_jax.training import (
     Stage,
@@ -131,6 +134,47 @@ def test_steps_are_adamw_with_clipping_decay_and_average(settings):
 def test_clipping_bites_in_the_test_above():
     targets = np.random.default_rng(0).normal(size=(8, 6))
     assert np.linalg.norm(CURVATURE * (flat(toy_params()) - targets[0])) > 2 * 4.0
+
+
+# ---- accumulation --------------------------------------------------------------------------------
+
+
+def contrastive(params, frozen, batch, key):
+    """Linear latents, contrasted with tokens in pairs that follow one another, and a random term."""
+    latents = (batch["x"] @ params["kernel"]).reshape(-1, 2, 3)
+    value = soft_clip(latents, batch["tokens"], 0.5, contrast_size=2)
+    draw = jax.random.uniform(key)
+    return value + frozen * draw * jnp.sum(params["kernel"]), {"loss": value, "draw": draw}
+
+
+def contrastive_step(accumulate, frozen=0.0, group=2):
+    """Gradient and terms of one step."""
+    rng = np.random.default_rng(1)
+    batch = {"x": rng.normal(size=(12, 4)), "tokens": rng.normal(size=(12, 2, 3))}
+    batch = jax.tree.map(jnp.float32, batch)
+    params = {"kernel": jnp.float32(rng.normal(size=(4, 6)))}
+    optimizer = optax.trace(0.0)  # its state is the gradient
+    step = make_train_step(contrastive, optimizer, None, accumulate=accumulate, group=group)
+    state = init_state(lambda _: params, optimizer, False, jax.random.key(0))
+    state, terms = jax.jit(step)(state, jnp.float32(frozen), batch, jax.random.key(5))
+    return state.opt_state.trace["kernel"], terms
+
+
+@pytest.mark.parametrize("accumulate", [2, 3, 6])
+def test_parts_of_whole_groups_give_the_gradient_of_the_batch(accumulate):
+    (gradient, terms), (expected, expected_terms) = contrastive_step(accumulate), contrastive_step(1)
+    assert relative_error(gradient, expected) < 1e-6
+    assert float(terms["loss"]) == pytest.approx(float(expected_terms["loss"]), rel=1e-6)
+    cut, _ = contrastive_step(accumulate, group=1)  # other pairs
+    assert relative_error(cut, expected) > 1e-2
+
+
+def test_each_part_draws_its_own_random_numbers():
+    key = jax.random.fold_in(jax.random.key(5), 0)
+    draws = [float(jax.random.uniform(jax.random.fold_in(key, part))) for part in range(3)]
+    gradient, terms = contrastive_step(3, frozen=1.0)
+    assert float(terms["draw"]) == pytest.approx(np.mean(draws), rel=1e-6)
+    np.testing.assert_allclose(gradient - contrastive_step(3)[0], np.mean(draws), atol=1e-6)
 
 
 # ---- the loop, on a problem that compiles at once ------------------------------------------------
@@ -409,5 +453,10 @@ def test_a_batch_that_the_mesh_cannot_split_is_named():
     for name, sizes in (("stage1", (6, 8)), ("stage2", (8, 6))):
         config = Config(name="x", stage1=Stage1Config(batch_size=sizes[0]), stage2=Stage2Config(batch_size=sizes[1]))
         with pytest.raises(InputError, match=rf"^{name}\.batch_size is 6; it must be a multiple of 4"):
+            check_batch_sizes(config, MESH)
+        check_batch_sizes(config, make_mesh(1, 2, 4))
+        config = Config(name="x", **{name: dataclasses.replace(getattr(config, name), batch_size=12, accumulate=2)})
+        expected = rf"^{name}\.batch_size is 12; .* multiple of 4, .* times {name}\.accumulate = 2$"
+        with pytest.raises(InputError, match=expected):
             check_batch_sizes(config, MESH)
         check_batch_sizes(config, make_mesh(1, 2, 4))

@@ -17,6 +17,7 @@ TOKENS, WIDTH, VOXELS = 4, 8, 40
 MESHES = {
     "1": (1, 1, 1),
     "data 8": (8, 1, 1),
+    "fsdp 8": (1, 8, 1),
     "2 x 2 x 2": (2, 2, 2),
     "data 4 x fsdp 2": (4, 2, 1),
     "data 4 x tensor 2": (4, 1, 2),
@@ -55,15 +56,16 @@ def random_params(config: Config, seed: int = 0) -> dict:
     return jax.tree.map_with_path(draw, abstract_params(config))
 
 
-def write_experiment(file: Path) -> None:
+def write_experiment(
+    file: Path, token_count: int = TOKENS, columns: int = 8, trials: tuple[int, ...] = TRAIN_TRIALS, seed: int = 0
+) -> None:
     """An .npz for `prepare_arrays`: 9 stimuli, noisy linear responses of 5 x 8 voxels, unequal numbers of trials."""
-    rng = np.random.default_rng(0)
-    stimuli = len(TRAIN_TRIALS)
-    tokens = rng.normal(size=(stimuli, TOKENS, WIDTH)).astype(np.float32)
-    weights = rng.normal(size=(TOKENS * WIDTH, VOXELS)) / np.sqrt(TOKENS * WIDTH)
-    stimulus = np.concatenate([np.repeat(np.arange(stimuli), n) for n in (TRAIN_TRIALS, 2, 1)])
-    split = np.repeat(["train", "validation", "test"], [sum(TRAIN_TRIALS), 2 * stimuli, stimuli])
-    noise = rng.normal(size=(len(stimulus), VOXELS))
+    rng, stimuli, voxels = np.random.default_rng(seed), len(trials), 5 * columns
+    tokens = rng.normal(size=(stimuli, token_count, WIDTH)).astype(np.float32)
+    weights = rng.normal(size=(token_count * WIDTH, voxels)) / np.sqrt(token_count * WIDTH)
+    stimulus = np.concatenate([np.repeat(np.arange(stimuli), n) for n in (trials, 2, 1)])
+    split = np.repeat(["train", "validation", "test"], [sum(trials), 2 * stimuli, stimuli])
+    noise = rng.normal(size=(len(stimulus), voxels))
     np.savez(
         file,
         fmri=((tokens.reshape(stimuli, -1) @ weights)[stimulus] + 0.5 * noise).astype(np.float32),
@@ -71,7 +73,7 @@ def write_experiment(file: Path) -> None:
         stimulus_id=stimulus,
         run=np.arange(len(stimulus)) % 4,
         split=split,
-        voxel_ijk=np.stack(np.unravel_index(rng.permutation(VOXELS), (5, 8)), 1),
+        voxel_ijk=np.stack(np.unravel_index(rng.permutation(voxels), (5, columns)), 1),
     )
 
 

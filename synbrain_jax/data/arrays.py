@@ -5,6 +5,7 @@
     tokens              [n, t, d] what the image encoder makes of it, or [s, t, d], one row per stimulus, together with
     tokens_stimulus_id  [s] the stimulus of each row; without the axis t, t is 1
     run                 [n] optional number: trials of one run were measured together
+    session             [n] optional number of the scan session
     split               [n] optional "train", "validation" or "test"
     voxel_ijk           [v, 3] or [v, 2] optional position of each voxel in the volume
     affine              [4, 4] optional, position to millimetres
@@ -53,6 +54,7 @@ _FIELDS = {
     "tokens": _Field("[n or s, t, d] or [n or s, d]", (2, 3), _NUMBERS, required=True),
     "tokens_stimulus_id": _Field("[s]", (1,), _LABELS),
     "run": _Field("[n]", (1,), _INTEGERS),
+    "session": _Field("[n]", (1,), _INTEGERS),
     "split": _Field("[n]", (1,), "U"),
     "voxel_ijk": _Field("[v, 3] or [v, 2]", (2,), _INTEGERS),
     "affine": _Field("[4, 4]", (2,), _NUMBERS),
@@ -138,6 +140,7 @@ def prepare_arrays(
         stimulus=stimulus,
         run=run,
         split=_split(where, fields, stimulus, options),
+        session=fields.get("session"),
         permute=permute,
         seed=seed,
         fingerprint=_fingerprint(fields, options),
@@ -168,7 +171,7 @@ def _check_fields(where: str, fields: Fields) -> None:
         if array.dtype.kind not in field.kinds:
             raise InputError(f"{where}: field '{name}' holds {array.dtype}; expected {_KIND_NAMES[field.kinds]}.")
     n, v = fields["fmri"].shape
-    for name in ("stimulus_id", "run", "split"):
+    for name in ("stimulus_id", "run", "session", "split"):
         if name in fields and len(fields[name]) != n:
             raise InputError(
                 f"{where}: field '{name}' has {len(fields[name])} entries, but 'fmri' has {n} trials (rows)."
@@ -182,8 +185,9 @@ def _check_fields(where: str, fields: Fields) -> None:
         if name in fields and fields[name].shape not in shapes:
             expected = " or ".join(map(str, shapes))
             raise InputError(f"{where}: field '{name}' has shape {fields[name].shape}; expected {expected}.")
-    if "run" in fields and not np.array_equal(fields["run"].astype(np.int32), fields["run"]):
-        raise InputError(f"{where}: field 'run' holds numbers beyond 32 bits; number the runs 0, 1, 2, ...")
+    for name in ("run", "session"):
+        if name in fields and not np.array_equal(fields[name].astype(np.int32), fields[name]):
+            raise InputError(f"{where}: field '{name}' holds numbers beyond 32 bits; number the {name}s 0, 1, 2, ...")
     for name in ("fmri", "tokens", "affine"):
         if isinstance(fields.get(name), np.ndarray):  # tokens that were stored were finite
             check_finite(where, name, fields[name])

@@ -11,7 +11,10 @@ import contextlib
 import dataclasses
 import functools
 import io
+import itertools
 import logging
+import math
+import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -20,8 +23,10 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import tensorflow_datasets as tfds
+from array_record.python.array_record_module import ArrayRecordWriter
 from etils import epath
 from jaxtyping import Float, Int
+from tqdm import tqdm
 
 from synbrain_jax.data.pairs import TRIALS_FILE, VOXELS_FILE, Record
 from synbrain_jax.data.voxels import Voxels, repeat_ncsnr
@@ -29,6 +34,7 @@ from synbrain_jax.errors import InputError
 from synbrain_jax.files import read_npz, write_npz
 
 SPLITS = ("train", "validation", "test")
+_SHARD_BYTES = 256 * 2**20  # TFDS holds the examples of the shard that it writes in memory
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -38,19 +44,23 @@ class Source:
     n_voxels: int
     token_shape: tuple[int, int]  # (t, d)
     records: Mapping[str, Iterable[Record]]  # split -> its records, at least one, in the order to be kept
+    n_trials: Mapping[str, Int[np.ndarray, "s"]]  # split -> the number of trials of each of its records
     voxels: Callable[[], Voxels]  # called once, after the records are written
     fingerprint: str = ""  # of the content and the options, where one name may stand for several
 
 
-class PairsBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-    """A TFDS builder of the one example format; a subclass says where the records come from."""
+class PairsBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
+    """A TFDS builder of the one example format; a subclass says where the records come from.
 
-    VERSION = tfds.core.Version("1.0.0")
+    Written shard by shard, because TFDS's builder for one generator collects the whole split in memory first.
+    """
+
+    VERSION = tfds.core.Version("1.1.0")
     code_path = None  # nothing is downloaded; the look-up of checksums needs a package that TFDS does not declare
 
-    def __init__(self, *, file_format: str = "array_record", **kwargs: Any):
+    def __init__(self, **kwargs: Any):
         with _quiet():
-            super().__init__(file_format=file_format, **kwargs)
+            super().__init__(**kwargs | {"file_format": "array_record"})
 
     @abc.abstractmethod
     def _load(self) -> Source:
@@ -70,18 +80,37 @@ class PairsBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
             "fmri": tensor(shape=(None, self.source.n_voxels), dtype=np.float32),
             "trial_index": tensor(shape=(None,), dtype=np.int32),
             "run": tensor(shape=(None,), dtype=np.int32),
+            "session": tensor(shape=(None,), dtype=np.int32),
         }
         return tfds.core.DatasetInfo(
             builder=self, features=tfds.features.FeaturesDict(features), disable_shuffling=True
         )
 
-    def _split_generators(self, dl_manager):
+    def _example_writer(self) -> "_UncompressedWriter":
+        return _UncompressedWriter()
+
+    def _shard_iterators_per_split(self, dl_manager):
         self._written = {split: [] for split in self.source.records}
-        return {split: self._generate_examples(split) for split in self.source.records}
+        return {split: self._shards(split) for split in self.source.records}
+
+    def _shards(self, split):
+        n_trials = self.source.n_trials[split]
+        n_bytes = 4 * self.source.n_voxels * n_trials.sum() + 2 * np.prod(self.source.token_shape) * len(n_trials)
+        per_shard = math.ceil(len(n_trials) / math.ceil(n_bytes / _SHARD_BYTES))
+        examples = self._generate_examples(split)  # the shards are written one after the other and share it
+        n_shards = math.ceil(len(n_trials) / per_shard)
+        return [functools.partial(itertools.islice, examples, per_shard)] * n_shards
 
     def _generate_examples(self, split):
-        for key, record in enumerate(self.source.records[split]):
-            self._written[split].append((record.stimulus_id, len(record.fmri)))
+        records = tqdm(
+            self.source.records[split],
+            total=len(self.source.n_trials[split]),
+            desc=f"write {split}",
+            unit="record",
+            disable=None,
+        )
+        for key, record in enumerate(records):
+            self._written[split].append((record.stimulus_id, record.trial_index, record.session))
             fields = {field.name: getattr(record, field.name) for field in dataclasses.fields(record)}
             yield key, fields | {"tokens": record.tokens.astype(ml_dtypes.bfloat16)}
 
@@ -90,10 +119,26 @@ class PairsBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         # data_dir is TFDS's temporary folder here, so the side files appear together with the records.
         index = {"splits": np.array(list(self._written)), "fingerprint": np.array(self.source.fingerprint)}
         for split, written in self._written.items():
-            names, counts = zip(*written, strict=True)
-            index |= {f"{split}.stimulus_id": np.array(names), f"{split}.n_trials": np.array(counts, np.int32)}
+            names, trial_index, session = zip(*written, strict=True)
+            index |= {
+                f"{split}.stimulus_id": np.array(names),
+                f"{split}.n_trials": np.array([len(trials) for trials in trial_index], np.int32),
+                f"{split}.trial_index": np.concatenate(trial_index),
+                f"{split}.session": np.concatenate(session),
+            }
         write_npz(epath.Path(self.data_dir) / TRIALS_FILE, index)
         self.source.voxels().save(epath.Path(self.data_dir) / VOXELS_FILE)
+
+
+class _UncompressedWriter:
+    """TFDS's writer of ArrayRecord files, without its compression: noise shrinks by a fifth, but is read at a third of
+    the speed."""
+
+    def write(self, path: epath.PathLike, examples: Iterable[tuple[Any, bytes]]) -> None:
+        writer = ArrayRecordWriter(os.fspath(path), "group_size:1,uncompressed")
+        for _, example in examples:
+            writer.write(example)
+        writer.close()
 
 
 def prepare(builder: PairsBuilder) -> epath.Path:
@@ -122,6 +167,7 @@ def source_of_trials(
     stimulus: Int[np.ndarray, "n"],
     run: Int[np.ndarray, "n"],
     split: np.ndarray,
+    session: Int[np.ndarray, "n"] | None = None,
     permute: str = "none",
     seed: int = 0,
     fingerprint: str = "",
@@ -135,10 +181,12 @@ def source_of_trials(
         fmri: array-like [n, v] (an array, a memory map, or anything that is indexed like one), read piece by piece.
         stimulus: index into `stimulus_id` of each trial.
         split: "train", "validation" or "test" for each trial.
+        session: scan session of each trial; None: 0 for all.
         permute: "trial" permutes the stimulus labels among the training trials (a control: a model trained on
             them can have learned nothing about stimuli); "none" keeps them.
         seed: of the permutation.
     """
+    session = np.zeros(len(run), np.int32) if session is None else session
     true_stimulus = stimulus
     if permute == "trial":
         stimulus = stimulus.copy()
@@ -158,6 +206,7 @@ def source_of_trials(
                 fmri=np.asarray(fmri[rows], np.float32),
                 trial_index=rows.astype(np.int32),
                 run=run[rows].astype(np.int32),
+                session=session[rows].astype(np.int32),
             )
 
     def with_ncsnr() -> Voxels:
@@ -172,6 +221,7 @@ def source_of_trials(
         n_voxels=len(voxels.order),
         token_shape=tuple(np.shape(tokens_of(0))),
         records={name: records(name) for name in SPLITS},
+        n_trials={name: np.unique(stimulus[split == name], return_counts=True)[1] for name in SPLITS},
         voxels=with_ncsnr,
         fingerprint=fingerprint,
     )

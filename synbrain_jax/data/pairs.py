@@ -1,4 +1,4 @@
-"""The one example format, and the seeded, sharded, resumable pipeline that reads it.
+"""The one example format, and how to open and read it; `data/batches.py` makes training batches of it.
 
 A prepared data set is a folder that TFDS wrote (`data/builder.py`), with one record per stimulus:
 
@@ -7,33 +7,36 @@ A prepared data set is a folder that TFDS wrote (`data/builder.py`), with one re
     fmri         [n, v] float32, every trial of the stimulus in this split
     trial_index  [n] int32, the trial's place in the experiment
     run          [n] int32
+    session      [n] int32, the scan session; 0 where the experiment has none
 
-and beside the records `voxels.npz` (`Voxels`) and `trials.npz` (stimulus and number of trials of each record, so
-that trials can be counted and addressed without reading the records).
+and beside the records `voxels.npz` (`Voxels`) and `trials.npz` (stimulus and number of trials of each record, session
+and place in the experiment of each trial, so that trials can be counted and chosen without reading the records).
 
-Shape letters: s stimuli (records), n trials, v voxels, t tokens, d token width, b batch.
+Shape letters: s stimuli (records), n trials, v voxels, t tokens, d token width.
 """
 
 import dataclasses
-import functools
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import SupportsIndex
 
-import grain
 import numpy as np
-import tensorflow_datasets as tfds
-from etils import epath
-from jaxtyping import Float, Int
+from etils import epath, epy
+from jaxtyping import Bool, Float, Int, Shaped
 
+from synbrain_jax.data.tokens import StoredTokens
 from synbrain_jax.data.voxels import Voxels
 from synbrain_jax.errors import InputError
 from synbrain_jax.files import read_npz
 
-FIELDS = ("fmri", "run", "stimulus_id", "tokens", "trial_index")
+# Imported when first used: models, losses and steps serve where these are not installed.
+with epy.lazy_imports():
+    import tensorflow_datasets as tfds
+
+FIELDS = ("fmri", "run", "session", "stimulus_id", "tokens", "trial_index")
 VOXELS_FILE = "voxels.npz"
 TRIALS_FILE = "trials.npz"
-_CACHED_BYTES = 256 * 2**20  # a split that decodes to less than this stays in memory
+_CACHED_BYTES = 256 * 2**20  # records, or tokens, that take less than this stay in memory
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -41,44 +44,76 @@ class Record:
     """One stimulus with all its trials of one split."""
 
     stimulus_id: str
-    tokens: Float[np.ndarray, "t d"]  # float32
+    tokens: Float[np.ndarray, "t d"]  # bfloat16 when read
     fmri: Float[np.ndarray, "n v"]  # float32
     trial_index: Int[np.ndarray, "n"]  # int32
     run: Int[np.ndarray, "n"]  # int32
+    session: Int[np.ndarray, "n"]  # int32
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Trials:
-    """One split in memory; the voxels are in the data set's own order."""
+    """One split; the voxels are in the data set's own order."""
 
     stimulus_id: tuple[str, ...]  # s distinct stimuli
-    tokens: Float[np.ndarray, "s t d"]  # float32
+    tokens: Float[np.ndarray, "s t d"] | StoredTokens  # float32; if they are many, on disk until they are indexed
     fmri: Float[np.ndarray, "n v"]  # float32
     stimulus: Int[np.ndarray, "n"]  # int32 index into stimulus_id
     run: Int[np.ndarray, "n"]  # int32
+    session: Int[np.ndarray, "n"]  # int32
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Index:
+    """What is known of the records and trials of one split without reading them, in record order."""
+
+    stimulus_id: Shaped[np.ndarray, "s"]
+    record: Int[np.ndarray, "s"]  # place in the files
+    n_trials: Int[np.ndarray, "s"]
+    row: Int[np.ndarray, "n"]  # place of the trial in its record
+    trial_index: Int[np.ndarray, "n"]
+    session: Int[np.ndarray, "n"]
+
+    @property
+    def record_of_trial(self) -> Int[np.ndarray, "n"]:
+        return np.repeat(np.arange(len(self.n_trials)), self.n_trials)
+
+    def only(self, trials: Bool[np.ndarray, "n"]) -> "_Index":
+        """These trials, and the records that have one of them."""
+        n_trials = np.bincount(self.record_of_trial[trials], minlength=len(self.n_trials)).astype(np.int32)
+        left = n_trials > 0
+        return _Index(
+            stimulus_id=self.stimulus_id[left],
+            record=self.record[left],
+            n_trials=n_trials[left],
+            row=self.row[trials],
+            trial_index=self.trial_index[trials],
+            session=self.session[trials],
+        )
 
 
 class Records:
-    """Random access to the decoded records of one split."""
+    """Random access to the decoded records of one split: those at the places `record`, with the trials `rows` each."""
 
-    def __init__(self, source, keep: bool):
-        self._source = source
+    def __init__(self, source, record: Int[np.ndarray, "s"], rows: Sequence[Int[np.ndarray, "_"]], keep: bool):
+        self._source, self._record, self._rows = source, record, rows
         self._kept: dict[int, Record] | None = {} if keep else None
 
     def __len__(self) -> int:
-        return len(self._source)
+        return len(self._record)
 
     def __getitem__(self, index: SupportsIndex) -> Record:
         index = range(len(self))[index]
         if self._kept is not None and index in self._kept:
             return self._kept[index]
-        fields = self._source[index]
+        fields, rows = self._source[int(self._record[index])], self._rows[index]
         record = Record(
             stimulus_id=fields["stimulus_id"].decode(),
-            tokens=fields["tokens"].astype(np.float32),
-            fmri=fields["fmri"],
-            trial_index=fields["trial_index"],
-            run=fields["run"],
+            tokens=fields["tokens"],
+            fmri=fields["fmri"][rows],
+            trial_index=fields["trial_index"][rows],
+            run=fields["run"][rows],
+            session=fields["session"][rows],
         )
         if self._kept is not None:
             self._kept[index] = record
@@ -87,35 +122,74 @@ class Records:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Dataset:
-    """A prepared data set on disk."""
+    """A prepared data set on disk, or a part of it."""
 
     name: str  # "builder/config"
     path: epath.Path
     voxels: Voxels = dataclasses.field(repr=False)
     token_shape: tuple[int, int]  # (t, d)
     n_voxels: int
-    splits: tuple[str, ...]
-    _index: Mapping[str, np.ndarray] = dataclasses.field(repr=False)
+    _index: Mapping[str, _Index] = dataclasses.field(repr=False)
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """Names of the splits."""
+        return tuple(self._index)
 
     def trials_per_record(self, split: str) -> Int[np.ndarray, "s"]:
         """Number of trials (int32) of each record of `split`."""
-        return self._index[f"{self._checked(split)}.n_trials"]
+        return self._of(split).n_trials
 
     def stimulus_ids(self, split: str) -> tuple[str, ...]:
         """The stimuli of `split`, in record order."""
-        return tuple(str(name) for name in self._index[f"{self._checked(split)}.stimulus_id"])
+        return tuple(str(name) for name in self._of(split).stimulus_id)
 
     def records(self, split: str) -> Records:
         """Random access to the records of `split`; a small split stays in memory once decoded."""
-        counts = self.trials_per_record(split)
-        decoded_bytes = 4 * (counts.sum() * self.n_voxels + len(counts) * np.prod(self.token_shape))
+        index = self._of(split)
+        decoded_bytes = 4 * len(index.row) * self.n_voxels + 2 * len(index.record) * np.prod(self.token_shape)
         source = tfds.builder_from_directory(self.path).as_data_source(split)
-        return Records(source, keep=bool(decoded_bytes < _CACHED_BYTES))
+        rows = np.split(index.row, np.cumsum(index.n_trials)[:-1])
+        return Records(source, index.record, rows, keep=bool(decoded_bytes < _CACHED_BYTES))
 
-    def _checked(self, split: str) -> str:
-        if split not in self.splits:
-            raise InputError(f"split '{split}': {self.name} has {', '.join(self.splits)}.")
-        return split
+    def limited(self, sessions: int | None = None, stimuli: int | None = None) -> "Dataset":
+        """The same with less to learn from, as if the experiment had been shorter; the test split stays whole.
+
+        Args:
+            sessions: keeps only the trials of the first so many scan sessions, in training and validation.
+            stimuli: then keeps only the training stimuli that were presented first, with all their trials.
+
+        Raises:
+            InputError: there are fewer, or a split would be empty.
+        """
+        index = dict(self._index)
+        if sessions is not None:
+            known = np.unique(np.concatenate([one.session for one in index.values()]))
+            if not 1 <= sessions <= len(known) or not known.any():
+                there = f"{len(known)} scan sessions" if known.any() else "no numbers of scan sessions"
+                raise InputError(f"data.sessions is {sessions}; {self.name} has {there}: leave it out, or give fewer")
+            for split in ("train", "validation"):
+                index[split] = index[split].only(index[split].session <= known[sessions - 1])
+                if not len(index[split].record):
+                    raise InputError(
+                        f"data.sessions is {sessions}, but no trial of {self.name}'s {split} split is from the first "
+                        f"{sessions} of its {len(known)} scan sessions; give more"
+                    )
+        if stimuli is not None:
+            train = index["train"]
+            if not 1 <= stimuli <= len(train.record):
+                raise InputError(
+                    f"data.stimuli is {stimuli}; expected 1 to {len(train.record)}, the training stimuli of {self.name}"
+                )
+            presented = np.minimum.reduceat(train.trial_index, np.cumsum(train.n_trials) - train.n_trials)
+            chosen = np.sort(np.argsort(presented, kind="stable")[:stimuli])
+            index["train"] = train.only(np.isin(train.record_of_trial, chosen))
+        return dataclasses.replace(self, _index=index)
+
+    def _of(self, split: str) -> _Index:
+        if split not in self._index:
+            raise InputError(f"split '{split}': {self.name} has {', '.join(self._index)}.")
+        return self._index[split]
 
 
 def open_dataset(path: str | os.PathLike) -> Dataset:
@@ -138,138 +212,49 @@ def open_dataset(path: str | os.PathLike) -> Dataset:
             f"{path}: records hold {', '.join(sorted(info.features))}; expected {', '.join(FIELDS)}. "
             "Prepare the data set again with this package."
         )
-    index = read_npz(path / TRIALS_FILE)
+    listed = read_npz(path / TRIALS_FILE)
     return Dataset(
         name=info.full_name.rpartition("/")[0],
         path=path,
         voxels=Voxels.load(path / VOXELS_FILE),
         token_shape=tuple(info.features["tokens"].shape),
         n_voxels=info.features["fmri"].shape[1],
-        splits=tuple(str(split) for split in index["splits"]),
-        _index=index,
+        _index={str(split): _index_of(listed, split) for split in listed["splits"]},
+    )
+
+
+def _index_of(listed: Mapping[str, np.ndarray], split: str) -> _Index:
+    n_trials = listed[f"{split}.n_trials"]
+    return _Index(
+        stimulus_id=listed[f"{split}.stimulus_id"],
+        record=np.arange(len(n_trials)),
+        n_trials=n_trials,
+        row=np.concatenate([np.arange(n) for n in n_trials]),
+        trial_index=listed[f"{split}.trial_index"],
+        session=listed[f"{split}.session"],
     )
 
 
 def load_trials(dataset: Dataset, split: str) -> Trials:
-    """Reads a whole split into memory: stimuli in record order, the trials of each one after the other."""
-    source = dataset.records(split)
-    records = [source[index] for index in range(len(source))]
-    counts = [len(record.fmri) for record in records]
-    return Trials(
-        stimulus_id=tuple(record.stimulus_id for record in records),
-        tokens=np.stack([record.tokens for record in records]),
-        fmri=np.concatenate([record.fmri for record in records]),
-        stimulus=np.repeat(np.arange(len(records), dtype=np.int32), counts),
-        run=np.concatenate([record.run for record in records]),
-    )
+    """Reads a split: stimuli in record order, the trials of each one after the other.
 
-
-def training_batches(
-    dataset: Dataset,
-    split: str,
-    *,
-    batch_size: int,
-    seed: int,
-    unit: str = "trial",
-    average_share: float = 0.0,
-    order: Int[np.ndarray, "v"] | None = None,
-    process_index: int = 0,
-    process_count: int = 1,
-    targets: Float[np.ndarray, "s t d"] | None = None,
-    num_threads: int = 2,
-) -> grain.DatasetIterator:
-    """Endless batches of `split`: dicts of float32 arrays with leading axis b = batch_size / process_count.
-
-    Every element comes once per epoch; each epoch is shuffled anew and runs into the next, so no batch is short. A
-    batch is a function of (seed, its number) only. Process p holds places p, p + process_count, ... of the global
-    batch.
-
-    unit "trial": `tokens` [b, t, d] and `fmri` [b, v]. With probability `average_share` the fMRI is the mean of
-      2, 4, 8, ... (uniform, at most all) distinct random trials of the trial's record instead.
-    unit "stimulus": `tokens`, `fmri` (mean over the record's trials), `weight` [b] (the record's number of trials over
-      the mean number) and, if `targets` is given (one per record, in record order), `latent` [b, t, d].
-
-    Args:
-        order: permutation applied to the voxels; None keeps the data set's own order.
-        num_threads: threads that read ahead; 0 reads in the caller's thread.
-
-    Returns:
-        An iterator whose `get_state()` is a small JSON-able dict, the same on every process, and whose
-        `set_state(state)` goes on with exactly the next batch.
-
-    Raises:
-        InputError: an argument does not fit the data set or another argument.
+    Tokens that would take more than 256 MiB stay on disk and are read when they are indexed.
     """
-    counts = dataset.trials_per_record(split)
-    if not 0 <= seed < 2**32:
-        raise InputError(f"seed {seed}: expected 0 to 4294967295.")
-    _check_arguments(dataset, counts, batch_size, unit, average_share, order, process_index, process_count, targets)
-    records = dataset.records(split)
-    voxels = slice(None) if order is None else order
-
-    record_of_trial = np.repeat(np.arange(len(counts)), counts)
-    first_trial = np.cumsum(counts) - counts
-    relative_count = (counts / counts.mean()).astype(np.float32)
-
-    def trial(index: int) -> dict[str, np.ndarray]:
-        place = record_of_trial[index]
-        record = records[place]
-        return {"tokens": record.tokens, "fmri": record.fmri[index - first_trial[place]][voxels]}
-
-    def trial_or_average(index: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
-        record = records[record_of_trial[index]]
-        n = len(record.fmri)
-        if n == 1 or rng.random() >= average_share:
-            return trial(index)
-        rows = rng.choice(n, size=2 ** rng.integers(1, n.bit_length()), replace=False, shuffle=False)
-        return {"tokens": record.tokens, "fmri": record.fmri[rows].mean(axis=0)[voxels]}
-
-    def stimulus(index: int) -> dict[str, np.ndarray]:
-        record = records[index]
-        element = {"tokens": record.tokens, "fmri": record.fmri.mean(axis=0)[voxels], "weight": relative_count[index]}
-        if targets is not None:
-            element["latent"] = np.asarray(targets[index], dtype=np.float32)
-        return element
-
-    n_elements = len(record_of_trial) if unit == "trial" else len(counts)
-
-    # Not grain's shuffle, whose cost per element grows as 65,536 / n: 2 ms for the eight categories of Haxby.
-    @functools.lru_cache(maxsize=16)
-    def epoch_order(epoch: int) -> np.ndarray:
-        return np.random.default_rng([seed, epoch]).permutation(n_elements)
-
-    def shuffled(position: int, _: int) -> int:
-        return int(epoch_order(position // n_elements)[position % n_elements])
-
-    elements = grain.MapDataset.range(n_elements).seed(seed).repeat().map_with_index(shuffled)
-    if average_share > 0:
-        elements = elements.random_map(trial_or_average)
-    else:
-        elements = elements.map(trial if unit == "trial" else stimulus)
-    batches = elements[process_index::process_count].batch(batch_size // process_count)
-    # grain would read 500 batches ahead, which at 256 x 1,664 tokens is 20 GB.
-    ahead = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=2 * num_threads)
-    return iter(batches.to_iter_dataset(ahead))
-
-
-def _check_arguments(
-    dataset, counts, batch_size, unit, average_share, order, process_index, process_count, targets
-) -> None:
-    if batch_size < 1 or batch_size % process_count:
-        raise InputError(f"batch_size {batch_size}: expected a positive multiple of the {process_count} processes.")
-    if not 0 <= process_index < process_count:
-        raise InputError(f"process_index {process_index}: expected 0 to {process_count - 1}.")
-    if unit not in ("trial", "stimulus"):
-        raise InputError(f"unit '{unit}': expected 'trial' or 'stimulus'.")
-    if not 0 <= average_share <= 1:
-        raise InputError(f"average_share {average_share}: expected a probability, 0 to 1.")
-    if unit == "stimulus" and average_share > 0:
-        raise InputError(
-            "average_share: a stimulus is already the mean of its trials; set it to 0 for unit 'stimulus'."
-        )
-    if unit == "trial" and targets is not None:
-        raise InputError("targets: one per stimulus, so only unit 'stimulus' takes them.")
-    if targets is not None and len(targets) != len(counts):
-        raise InputError(f"targets: {len(targets)} rows, but the split has {len(counts)} records.")
-    if order is not None and not np.array_equal(np.sort(order), np.arange(dataset.n_voxels)):
-        raise InputError(f"order: expected each of 0 to {dataset.n_voxels - 1} once (the data set's voxels).")
+    records, counts = dataset.records(split), dataset.trials_per_record(split)
+    shape = (len(records), *dataset.token_shape)
+    tokens = np.empty(shape, np.float32) if 4 * np.prod(shape) < _CACHED_BYTES else None
+    fmri = np.empty((counts.sum(), dataset.n_voxels), np.float32)
+    run, session = np.empty((2, len(fmri)), np.int32)
+    for index, end in enumerate(np.cumsum(counts)):
+        record, rows = records[index], slice(end - counts[index], end)
+        fmri[rows], run[rows], session[rows] = record.fmri, record.run, record.session
+        if tokens is not None:
+            tokens[index] = record.tokens
+    return Trials(
+        stimulus_id=dataset.stimulus_ids(split),
+        tokens=StoredTokens(lambda index: records[index].tokens, shape) if tokens is None else tokens,
+        fmri=fmri,
+        stimulus=np.repeat(np.arange(len(records), dtype=np.int32), counts),
+        run=run,
+        session=session,
+    )

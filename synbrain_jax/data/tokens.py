@@ -12,18 +12,21 @@ import functools
 import hashlib
 import operator
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import ml_dtypes
 import numpy as np
-import tensorflow_datasets as tfds
-from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
-from etils import epath
+from etils import epath, epy
 from jaxtyping import Float, Shaped
 
 from synbrain_jax.errors import InputError
 from synbrain_jax.files import read_npz, read_text, write_npz
+
+# Imported when first used: models, losses and steps serve where these are not installed.
+with epy.lazy_imports():
+    import tensorflow_datasets as tfds
+    from array_record.python import array_record_module as array_record
 
 MANIFEST_FILE = "manifest.json"  # what the tokens are made of: pictures, tower, preprocessing
 STIMULI_FILE = "stimuli.npz"  # the names in the order of the records; appears when the data set is complete
@@ -36,8 +39,8 @@ class StoredTokens:
     dtype = np.dtype(np.float32)
     ndim = 3
 
-    def __init__(self, source, shape: tuple[int, int, int], fingerprint: str):
-        self._source, self.shape, self.fingerprint = source, shape, fingerprint
+    def __init__(self, read: Callable[[int], np.ndarray], shape: tuple[int, int, int], fingerprint: str = ""):
+        self._read, self.shape, self.fingerprint = read, shape, fingerprint
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -48,9 +51,9 @@ class StoredTokens:
         if isinstance(rows, list | range | np.ndarray):
             tokens = np.empty((len(rows), *self.shape[1:]), np.float32)
             for place, row in enumerate(rows):
-                tokens[place] = self[row]
+                tokens[place] = self._read(range(len(self))[row])
             return tokens
-        return self._source[range(len(self))[operator.index(rows)]]["tokens"].astype(np.float32)
+        return self._read(range(len(self))[operator.index(rows)]).astype(np.float32)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -82,7 +85,11 @@ def open_tokens(path: str | os.PathLike) -> EncodedPictures:
     fingerprint = hashlib.sha256(f"{names} {read_text(path / MANIFEST_FILE)}".encode()).hexdigest()
     if len(source) != len(names):
         raise InputError(f"{path}: {len(source)} records but {len(names)} names in {STIMULI_FILE}; encode them again.")
-    return EncodedPictures(names, StoredTokens(source, (len(names), *shape), fingerprint))
+
+    def read(row: int) -> np.ndarray:
+        return source[row]["tokens"]
+
+    return EncodedPictures(names, StoredTokens(read, (len(names), *shape), fingerprint))
 
 
 def shard_path(folder: epath.Path, number: int, count: int) -> epath.Path:
@@ -93,7 +100,7 @@ def shard_path(folder: epath.Path, number: int, count: int) -> epath.Path:
 def check_shard(path: epath.Path) -> None:
     """Raises InputError if the file is missing or has been cut. Reads its end only."""
     try:
-        ArrayRecordReader(os.fspath(path)).close()
+        array_record.ArrayRecordReader(os.fspath(path)).close()
     # array_record has no exceptions of its own.
     except Exception as error:
         raise InputError(
@@ -107,7 +114,8 @@ def write_shard(
 ) -> None:
     """Writes a shard beside `path` and renames it, so that it appears whole or not at all."""
     unfinished = path.with_name(path.name + ".unfinished")
-    writer = ArrayRecordWriter(os.fspath(unfinished), "group_size:1")  # each record by itself, for random access
+    # Each record by itself, for random access.
+    writer = array_record.ArrayRecordWriter(os.fspath(unfinished), "group_size:1")
     try:
         for name, record in zip(stimulus_id, tokens, strict=True):
             writer.write(_features(record.shape).serialize_example({"stimulus_id": name, "tokens": record}))
@@ -137,7 +145,7 @@ def finish(folder: epath.Path, shards: Sequence[Sequence[str]], token_shape: tup
 
 
 @functools.cache
-def _features(token_shape: tuple[int, int]) -> tfds.features.FeaturesDict:
+def _features(token_shape: tuple[int, int]) -> "tfds.features.FeaturesDict":
     # Only raw bytes can hold bfloat16.
     tokens = tfds.features.Tensor(shape=token_shape, dtype=ml_dtypes.bfloat16, encoding=tfds.features.Encoding.BYTES)
     return tfds.features.FeaturesDict({"stimulus_id": tfds.features.Text(), "tokens": tokens})

@@ -5,13 +5,16 @@ Shape letters: v voxels, n trials.
 
 import dataclasses
 import os
+from collections.abc import Mapping
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from synbrain_jax import metrics
 from synbrain_jax.errors import InputError
 from synbrain_jax.files import read_npz, write_npz
+
+_ROI = "roi:"  # what an array of the file is called that says which voxels a region holds
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -28,10 +31,13 @@ class Voxels:
     affine: Float[np.ndarray, "4 4"] | None  # float64, voxel position to millimetres; None if unknown
     ncsnr: Float[np.ndarray, "v"] | None  # float32, of ONE repeat; None if no stimulus repeats
     order: Int[np.ndarray, "v"]  # int32, Hilbert order; the identity if ijk is unknown
+    # "atlas/region" -> the voxels in it; regions may overlap
+    rois: Mapping[str, Bool[np.ndarray, "v"]] = dataclasses.field(default_factory=dict)
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes one .npz; a reader sees the old file or the whole new one, never a part."""
-        arrays = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        arrays = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "rois"}
+        arrays |= {_ROI + name: inside for name, inside in self.rois.items()}
         write_npz(path, {name: np.asarray(value) for name, value in arrays.items() if value is not None})
 
     @classmethod
@@ -54,7 +60,15 @@ class Voxels:
             affine=arrays.get("affine"),
             ncsnr=arrays.get("ncsnr"),
             order=arrays["order"],
+            rois={name.removeprefix(_ROI): arrays[name] for name in arrays if name.startswith(_ROI)},
         )
+
+    def select(self, chosen: Int[np.ndarray, "w"] | Bool[np.ndarray, "v"]) -> "Voxels":
+        """The chosen voxels, by number in the order given or by a mask; `order` is found anew among them."""
+        ijk, ncsnr = (None if values is None else values[chosen] for values in (self.ijk, self.ncsnr))
+        order = np.arange(len(self.order[chosen]), dtype=np.int32) if ijk is None else hilbert_order(ijk)
+        rois = {name: inside[chosen] for name, inside in self.rois.items()}
+        return dataclasses.replace(self, ijk=ijk, ncsnr=ncsnr, order=order, rois=rois)
 
 
 def hilbert_order(ijk: Int[np.ndarray, "v axes"]) -> Int[np.ndarray, "v"]:

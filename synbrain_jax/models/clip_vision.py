@@ -5,7 +5,8 @@ open_clip (Cherti et al. 2023), whose bigG/14 made the released system's tokens.
 last normalisation, without the class token and not projected.
 
 Differences: channels-last pictures; one compiled block is scanned over stacked parameters. The numbers are the same.
-The weights are meant to be loaded (`synbrain_jax.interop.clip_weights`), not trained from scratch.
+The weights are meant to be loaded (`synbrain_jax.interop.clip_weights`), not trained from scratch. Derivatives are
+reverse-mode only.
 
 Shape letters: b batch, h w pixels, t tokens (one a patch), n = t + 1 with the class token, d token width, e embedding.
 """
@@ -22,6 +23,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PyTree
 
 from synbrain_jax.errors import InputError
+from synbrain_jax.models.operations import attend_heads, gelu_erf
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,7 +108,7 @@ def quick_gelu(x: Float[Array, "*b c"]) -> Float[Array, "*b c"]:
     return x * nn.sigmoid(1.702 * x)
 
 
-ACTIVATIONS = {"gelu": partial(nn.gelu, approximate=False), "quick_gelu": quick_gelu}
+ACTIVATIONS = {"gelu": gelu_erf, "quick_gelu": quick_gelu}
 
 
 def _precision(dtype: DTypeLike) -> jax.lax.Precision | None:
@@ -130,10 +132,8 @@ class SelfAttention(nn.Module):
         exact = _precision(self.dtype)
         project = nn.DenseGeneral((3, x.shape[-1]), dtype=self.dtype, precision=exact, name="qkv")
         qkv = project(x.astype(self.dtype))
-        q, k, v = rearrange(qkv, "b n three (h e) -> three b h n e", h=self.heads)
-        scores = jnp.einsum("bhqe,bhke->bhqk", q, k, precision=exact, preferred_element_type=jnp.float32)
-        weights = nn.softmax(scores * q.shape[-1] ** -0.5, axis=-1).astype(self.dtype)
-        out = rearrange(jnp.einsum("bhqk,bhke->bhqe", weights, v, precision=exact), "b h n e -> b n (h e)")
+        q, k, v = rearrange(qkv, "b n three (h e) -> three b n h e", h=self.heads)
+        out = rearrange(attend_heads(q, k, v, exact), "b n h e -> b n (h e)")
         return nn.Dense(x.shape[-1], dtype=self.dtype, precision=exact, name="proj")(out)
 
 

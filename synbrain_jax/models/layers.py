@@ -20,7 +20,8 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-GROUP_NORM_EPS = 1e-6
+from synbrain_jax.models.operations import attend, gelu_erf, group_norm
+
 LAYER_NORM_EPS = 1e-5
 
 
@@ -127,19 +128,6 @@ class Dense(nn.Module):
 # --- normalisation and activation ---
 
 
-def group_norm(
-    x: Float[Array, "b l c"], scale: Float[Array, " c"], bias: Float[Array, " c"], groups: int
-) -> Float[Array, "b l c"]:
-    """Group normalisation (Wu and He 2018) over positions and the channels of a group, in float32."""
-    b, length, c = x.shape
-    grouped = x.astype(jnp.float32).reshape(b, length, groups, c // groups)
-    mean = grouped.mean((1, 3), keepdims=True)
-    centred = grouped - mean
-    variance = jnp.square(centred).mean((1, 3), keepdims=True)
-    normed = (centred * lax.rsqrt(variance + GROUP_NORM_EPS)).reshape(b, length, c)
-    return (normed * scale[None, None] + bias[None, None]).astype(x.dtype)
-
-
 class GroupNorm(nn.Module):
     """32 groups, or one channel per group where there are fewer than 32 channels; optionally followed by swish."""
 
@@ -153,8 +141,7 @@ class GroupNorm(nn.Module):
             raise ValueError(f"GroupNorm got {channels} channels; above 32 they must be a multiple of 32")
         scale = self.param("scale", nn.initializers.ones, (channels,), jnp.float32)
         bias = self.param("bias", nn.initializers.zeros, (channels,), jnp.float32)
-        x = group_norm(x, scale, bias, groups)
-        return nn.swish(x) if self.swish else x
+        return group_norm(x, scale, bias, groups, self.swish)
 
 
 class NormMLP(nn.Module):
@@ -167,7 +154,7 @@ class NormMLP(nn.Module):
     def __call__(self, x: Float[Array, "*b c"]) -> Float[Array, "*b f"]:
         for i, features in enumerate(self.features):
             norm = nn.LayerNorm(epsilon=LAYER_NORM_EPS, use_fast_variance=False, dtype=jnp.float32, name=f"norm_{i}")
-            x = nn.gelu(norm(x), approximate=False)
+            x = gelu_erf(norm(x))
             x = Dense(features, self.dtype, name=f"dense_{i}")(x.astype(self.dtype))
         return x
 
@@ -188,25 +175,6 @@ class ResBlock(nn.Module):
         if x.shape[-1] != self.features:
             x = Conv(self.features, 1, dtype=self.dtype, name="shortcut")(x)
         return x + h
-
-
-def attend(
-    q: Float[Array, "b l c"], k: Float[Array, "b l c"], v: Float[Array, "b l c"], chunk: int | None = None
-) -> Float[Array, "b l c"]:
-    """Single-head attention; `chunk` queries at a time if given, so that the [b, l, l] scores never exist at once."""
-
-    def block(q_part):
-        scores = jnp.einsum("bqc,bkc->bqk", q_part, k, preferred_element_type=jnp.float32)
-        weights = jax.nn.softmax(scores * q.shape[-1] ** -0.5, axis=-1)
-        return jnp.einsum("bqk,bkc->bqc", weights.astype(v.dtype), v)
-
-    b, length, c = q.shape
-    if chunk is None or chunk >= length:
-        return block(q)
-    if length % chunk:
-        raise ValueError(f"attention_chunk is {chunk}; it must divide the {length} positions")
-    parts = q.reshape(b, length // chunk, chunk, c).swapaxes(0, 1)
-    return lax.map(jax.checkpoint(block), parts).swapaxes(0, 1).reshape(b, length, c)
 
 
 class AttentionBlock(nn.Module):

@@ -5,7 +5,8 @@ SynBrain (arXiv 2508.10298), section 3.3: a diffusion-transformer stack (DiT, Pe
 computed once per batch, and its parameters are kept because the released weights have them.
 
 Differences from the release: the conditioning is not repeated over the batch; the fixed position table is a constant
-unless it is asked for as a parameter. The numbers are the same.
+unless it is asked for as a parameter. The numbers are the same. Derivatives are reverse-mode only (`jax.grad`, not
+`jax.jvp`).
 
 Shape letters: b batch, t tokens, d token width.
 """
@@ -21,8 +22,8 @@ from jaxtyping import Array, Float, PyTree
 
 from synbrain_jax.errors import InputError
 from synbrain_jax.models.layers import position_embedding, timestep_embedding
+from synbrain_jax.models.operations import attend_heads, gelu_tanh, modulated_norm
 
-LAYER_NORM_EPS = 1e-6
 TIME_FREQUENCIES = 256
 _xavier = nn.initializers.xavier_uniform()
 
@@ -74,11 +75,6 @@ def _dense(features: int, dtype: DTypeLike, name: str, kernel_init=_xavier) -> n
     return nn.Dense(features, dtype=dtype, kernel_init=kernel_init, name=name)
 
 
-def _modulated_norm(x: Array, shift: Array, scale: Array) -> Array:
-    norm = nn.LayerNorm(LAYER_NORM_EPS, use_bias=False, use_scale=False, use_fast_variance=False, dtype=jnp.float32)
-    return norm(x) * (1 + scale) + shift
-
-
 class _Modulation(nn.Module):
     """`count` vectors of the tokens' width from the conditioning; zero at initialisation (adaLN-zero)."""
 
@@ -114,10 +110,8 @@ class SelfAttention(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
         qkv = _dense(3 * x.shape[-1], self.dtype, "qkv")(x.astype(self.dtype))
-        q, k, v = rearrange(qkv, "b t (three h e) -> three b h t e", three=3, h=self.heads)
-        scores = jnp.einsum("bhqe,bhke->bhqk", q, k, preferred_element_type=jnp.float32)
-        weights = nn.softmax(scores * q.shape[-1] ** -0.5, axis=-1).astype(self.dtype)
-        out = rearrange(jnp.einsum("bhqk,bhke->bhqe", weights, v), "b h t e -> b t (h e)")
+        q, k, v = rearrange(qkv, "b t (three h e) -> three b t h e", three=3, h=self.heads)
+        out = rearrange(attend_heads(q, k, v), "b t h e -> b t (h e)")
         return _dense(x.shape[-1], self.dtype, "proj")(out)
 
 
@@ -129,7 +123,7 @@ class MLP(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
-        h = nn.gelu(_dense(self.hidden, self.dtype, "fc1")(x.astype(self.dtype)), approximate=True)
+        h = gelu_tanh(_dense(self.hidden, self.dtype, "fc1")(x.astype(self.dtype)))
         return _dense(x.shape[-1], self.dtype, "fc2")(h)
 
 
@@ -145,8 +139,8 @@ class Block(nn.Module):
         shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = modulation
         attn = SelfAttention(cfg.heads, dtype, name="attn")
         mlp = MLP(int(cfg.width * cfg.mlp_ratio), dtype, name="mlp")
-        x = x + gate_attn * attn(_modulated_norm(x, shift_attn, scale_attn))
-        return x + gate_mlp * mlp(_modulated_norm(x, shift_mlp, scale_mlp))
+        x = x + gate_attn * attn(modulated_norm(x, shift_attn, scale_attn))
+        return x + gate_mlp * mlp(modulated_norm(x, shift_mlp, scale_mlp))
 
 
 class SemanticToNeural(nn.Module):
@@ -180,7 +174,7 @@ class SemanticToNeural(nn.Module):
         for i in range(cfg.depth):
             x = block(cfg, name=f"block_{i}")(x, c)
         shift, scale = _Modulation(2, cfg.width, dtype, name="final_modulation")(c)
-        x = _modulated_norm(x, shift, scale).astype(dtype)
+        x = modulated_norm(x, shift, scale).astype(dtype)
         return _dense(cfg.width, dtype, "final", nn.initializers.zeros)(x).astype(jnp.float32)
 
     def predict_latent(self, tokens: Float[Array, "b t d"]) -> Float[Array, "b t d"]:

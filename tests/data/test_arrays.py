@@ -50,7 +50,7 @@ def contents(dataset: Dataset) -> dict[str, np.ndarray]:
         f"{split} {record.stimulus_id} {name}": getattr(record, name)
         for split in SPLITS
         for record in dataset.records(split)
-        for name in ("tokens", "fmri", "trial_index", "run")
+        for name in ("tokens", "fmri", "trial_index", "run", "session")
     }
 
 

@@ -13,8 +13,10 @@ import tensorflow_datasets as tfds
 from synbrain_jax.data import builder as builder_module
 from synbrain_jax.data import pairs
 from synbrain_jax.data.arrays import Arrays
+from synbrain_jax.data.batches import training_batches
 from synbrain_jax.data.builder import prepare, source_of_trials
-from synbrain_jax.data.pairs import Dataset, load_trials, open_dataset, training_batches
+from synbrain_jax.data.pairs import Dataset, load_trials, open_dataset
+from synbrain_jax.data.tokens import StoredTokens
 from synbrain_jax.data.voxels import Voxels
 from synbrain_jax.errors import InputError
 
@@ -34,6 +36,7 @@ def experiment() -> dict[str, np.ndarray]:
         fmri=np.eye(N + 5, dtype=np.float32),
         stimulus=np.concatenate([rng.permutation(STIMULUS), [0, 1, 4, 4, 2]]).astype(np.int32),
         run=rng.integers(0, 4, N + 5).astype(np.int32),
+        session=np.tile([3, 5, 8], 8).astype(np.int32),
         split=np.repeat(["train", "validation", "test"], [N, 2, 3]),
     )
 
@@ -86,9 +89,9 @@ def test_records_give_back_the_experiment(dataset):
             np.testing.assert_array_equal(record.trial_index, rows)
             np.testing.assert_array_equal(record.run, arrays["run"][rows])
             np.testing.assert_array_equal(record.fmri, arrays["fmri"][rows])
-            rounded = arrays["tokens"][stimulus].astype(ml_dtypes.bfloat16).astype(np.float32)
-            np.testing.assert_array_equal(record.tokens, rounded)
-            assert record.tokens.dtype == record.fmri.dtype == np.float32
+            np.testing.assert_array_equal(record.session, arrays["session"][rows])
+            np.testing.assert_array_equal(record.tokens, arrays["tokens"][stimulus].astype(ml_dtypes.bfloat16))
+            assert (record.tokens.dtype, record.fmri.dtype) == (ml_dtypes.bfloat16, np.float32)
 
 
 def test_load_trials_puts_the_trials_of_each_record_together(dataset):
@@ -98,9 +101,80 @@ def test_load_trials_puts_the_trials_of_each_record_together(dataset):
     np.testing.assert_array_equal(trials.stimulus, STIMULUS)
     np.testing.assert_array_equal(arrays["stimulus"][rows], STIMULUS)
     np.testing.assert_array_equal(trials.run, arrays["run"][rows])
-    assert (trials.stimulus.dtype, trials.run.dtype) == (np.int32, np.int32)
+    np.testing.assert_array_equal(trials.session, arrays["session"][rows])
+    assert {trials.stimulus.dtype, trials.run.dtype, trials.session.dtype} == {np.dtype(np.int32)}
+    assert trials.tokens.dtype == np.float32
     np.testing.assert_allclose(trials.tokens, arrays["tokens"], rtol=2**-8)
     assert trials.stimulus_id == dataset.stimulus_ids("train")
+
+
+def test_many_tokens_stay_on_disk(dataset, monkeypatch):
+    small = load_trials(dataset, "train")
+    monkeypatch.setattr(pairs, "_CACHED_BYTES", 0)
+    large = load_trials(dataset, "train")
+    assert isinstance(large.tokens, StoredTokens)
+    assert (large.tokens.shape, large.tokens.dtype) == (small.tokens.shape, small.tokens.dtype)
+    for rows in (3, -1, slice(1, 4), slice(3, 9), [2], np.array([4, 0, 0])):
+        np.testing.assert_array_equal(large.tokens[rows], small.tokens[rows])
+    for name in ("stimulus_id", "fmri", "stimulus", "run", "session"):
+        np.testing.assert_array_equal(getattr(large, name), getattr(small, name))
+
+
+def test_rows_of_stored_tokens_count_from_either_end():
+    read = []
+    stored = StoredTokens(lambda row: np.full((1, 1), read.append(row) or row), (3, 1, 1))
+    np.testing.assert_array_equal(stored[[-1, 0]].ravel(), [2, 0])
+    np.testing.assert_array_equal(stored[-2:].ravel(), [1, 2])
+    assert float(stored[-3].item()) == 0
+    assert read == [2, 0, 1, 2, 0]
+    for rows in (3, [3], np.array([0, -4])):
+        with pytest.raises(IndexError):
+            stored[rows]
+
+
+@pytest.mark.parametrize(("sessions", "stimuli"), [(None, None), (2, None), (None, 3), (2, 2), (3, 5)])
+def test_a_limited_data_set_is_that_of_a_shorter_experiment(dataset, sessions, stimuli):
+    arrays = experiment()
+    early = sorted(set(arrays["session"]))[:sessions]
+    rows = {split: np.flatnonzero(arrays["split"] == split) for split in dataset.splits}
+    for split in ("train", "validation"):
+        rows[split] = np.array([row for row in rows[split] if arrays["session"][row] in early])
+    presented = list(dict.fromkeys(arrays["stimulus"][rows["train"]]))
+    rows["train"] = np.array([row for row in rows["train"] if arrays["stimulus"][row] in presented[:stimuli]])
+
+    limited = dataset.limited(sessions, stimuli)
+    for split, of_split in rows.items():
+        records, shown = limited.records(split), np.unique(arrays["stimulus"][of_split])
+        assert limited.stimulus_ids(split) == tuple(f"bild-{index}-ü" for index in shown)
+        for record, index, count in zip(records, shown, limited.trials_per_record(split), strict=True):
+            expected = of_split[arrays["stimulus"][of_split] == index]
+            assert (record.stimulus_id, len(expected)) == (f"bild-{index}-ü", count)
+            np.testing.assert_array_equal(record.trial_index, expected)
+            np.testing.assert_array_equal(record.fmri.argmax(axis=1), expected)
+            np.testing.assert_array_equal(record.tokens, arrays["tokens"][index].astype(ml_dtypes.bfloat16))
+    batches = take(training_batches([limited], "train", batch_size=1, seed=0), len(rows["train"]))
+    assert sorted(trials_of(batches)) == rows["train"].tolist()
+    np.testing.assert_array_equal(np.sort(load_trials(limited, "train").fmri.argmax(axis=1)), rows["train"])
+
+
+@pytest.mark.parametrize(
+    ("limits", "message"),
+    [
+        (dict(sessions=0), "data.sessions is 0; arrays/tiny has 3 scan sessions"),
+        (dict(sessions=4), "data.sessions is 4; arrays/tiny has 3 scan sessions"),
+        (dict(sessions=1), "no trial of arrays/tiny's validation split is from the first 1 of its 3 scan sessions"),
+        (dict(stimuli=0), "data.stimuli is 0; expected 1 to 5"),
+        (dict(stimuli=6), "data.stimuli is 6; expected 1 to 5, the training stimuli of arrays/tiny"),
+    ],
+)
+def test_a_limit_that_cannot_be_met_is_named(dataset, limits, message):
+    with pytest.raises(InputError, match=message):
+        dataset.limited(**limits)
+
+
+def test_without_sessions_there_is_no_first_one(tiny_dataset):
+    with pytest.raises(InputError, match="arrays/tiny has no numbers of scan sessions"):
+        tiny_dataset.limited(sessions=1)
 
 
 def test_the_permutation_control_moves_labels_of_training_trials_only():
@@ -126,7 +200,7 @@ def test_the_permutation_control_moves_labels_of_training_trials_only():
 
 
 def test_each_trial_comes_once_per_epoch_in_a_new_order_and_no_batch_is_short(dataset):
-    batches = take(training_batches(dataset, "train", batch_size=4, seed=0), N)  # 4 epochs of 19
+    batches = take(training_batches([dataset], "train", batch_size=4, seed=0), N)  # 4 epochs of 19
     assert {batch["fmri"].shape for batch in batches} == {(4, N + 5)}
     epochs = np.reshape(trials_of(batches), (4, N))
     np.testing.assert_array_equal(np.sort(epochs, axis=1), np.tile(np.arange(N), (4, 1)))
@@ -138,23 +212,21 @@ def test_each_trial_comes_once_per_epoch_in_a_new_order_and_no_batch_is_short(da
 @pytest.mark.parametrize("share", [0.0, 1.0])
 def test_batches_depend_on_the_seed_and_nothing_else(dataset, share):
     settings = dict(batch_size=4, average_share=share)
-    first = take(training_batches(dataset, "train", seed=7, num_threads=0, **settings), 8)
-    assert_batches_equal(take(training_batches(dataset, "train", seed=7, num_threads=2, **settings), 8), first)
-    other = take(training_batches(dataset, "train", seed=8, **settings), 8)
+    first = take(training_batches([dataset], "train", seed=7, num_threads=0, **settings), 8)
+    assert_batches_equal(take(training_batches([dataset], "train", seed=7, num_threads=2, **settings), 8), first)
+    other = take(training_batches([dataset], "train", seed=8, **settings), 8)
     assert any((one["tokens"] != two["tokens"]).any() for one, two in zip(first, other, strict=True))
 
 
 def test_processes_share_out_the_global_batch(dataset):
     settings = dict(batch_size=6, seed=3, average_share=0.5)
-    whole = take(training_batches(dataset, "train", **settings), 8)
+    whole = take(training_batches([dataset], "train", **settings), 8)
     parts = [
-        take(training_batches(dataset, "train", process_index=p, process_count=3, **settings), 8) for p in range(3)
+        take(training_batches([dataset], "train", process_index=p, process_count=3, **settings), 8) for p in range(3)
     ]
     for step, batch in enumerate(whole):
         for name, values in batch.items():
-            np.testing.assert_array_equal(
-                np.stack([part[step][name] for part in parts], axis=1).reshape(values.shape), values
-            )
+            np.testing.assert_array_equal(np.concatenate([part[step][name] for part in parts]), values)
 
 
 @pytest.mark.parametrize("unit", ["trial", "stimulus"])
@@ -163,7 +235,7 @@ def test_a_restored_iterator_goes_on_with_exactly_the_next_batch(dataset, unit, 
     def batches(process: int = 0) -> grain.DatasetIterator:
         share = 0.5 if unit == "trial" else 0.0
         return training_batches(
-            dataset,
+            [dataset],
             "train",
             batch_size=4,
             seed=1,
@@ -190,7 +262,7 @@ def test_a_restored_iterator_goes_on_with_exactly_the_next_batch(dataset, unit, 
 
 
 def test_averages_are_of_distinct_trials_of_one_stimulus_and_of_powers_of_two(dataset):
-    batches = take(training_batches(dataset, "train", batch_size=N, seed=0, average_share=1.0), 200)
+    batches = take(training_batches([dataset], "train", batch_size=N, seed=0, average_share=1.0), 200)
     fmri = np.concatenate([batch["fmri"] for batch in batches])
     sizes = np.count_nonzero(fmri, axis=1)
     np.testing.assert_allclose(fmri, (fmri > 0) / sizes[:, None], rtol=1e-6)
@@ -211,7 +283,7 @@ def test_averages_are_of_distinct_trials_of_one_stimulus_and_of_powers_of_two(da
 
 
 def test_average_share_is_the_probability_of_an_average(dataset):
-    batches = take(training_batches(dataset, "train", batch_size=N, seed=0, average_share=0.25), 200)
+    batches = take(training_batches([dataset], "train", batch_size=N, seed=0, average_share=0.25), 200)
     fmri = np.concatenate([batch["fmri"] for batch in batches])
     averaged = np.count_nonzero(fmri, axis=1) > 1
     expected = 0.25 * 18 / 19  # the stimulus with one trial has no average
@@ -224,15 +296,17 @@ def test_order_permutes_the_voxels(dataset):
     order = np.random.default_rng(0).permutation(N + 5)
     settings = dict(batch_size=5, seed=0)
     for unit, share in (("trial", 0.0), ("trial", 1.0), ("stimulus", 0.0)):
-        plain = next(training_batches(dataset, "train", unit=unit, average_share=share, **settings))
-        permuted = next(training_batches(dataset, "train", unit=unit, average_share=share, order=order, **settings))
+        plain = next(training_batches([dataset], "train", unit=unit, average_share=share, **settings))
+        permuted = next(
+            training_batches([dataset], "train", unit=unit, average_share=share, orders=[order], **settings)
+        )
         np.testing.assert_array_equal(permuted["fmri"], plain["fmri"][:, order])
 
 
 def test_stimuli_come_once_per_epoch_with_mean_weight_and_target(dataset, tmp_path):
     targets = np.lib.format.open_memmap(tmp_path / "latent.npy", "w+", np.float32, (5, 3, 2))
     targets[:] = np.random.default_rng(2).normal(size=targets.shape)
-    batches = take(training_batches(dataset, "train", batch_size=2, seed=0, unit="stimulus", targets=targets), 10)
+    batches = take(training_batches([dataset], "train", batch_size=2, seed=0, unit="stimulus", targets=[targets]), 10)
     fmri, latent, tokens, weight = (
         np.concatenate([batch[name] for batch in batches]) for name in ("fmri", "latent", "tokens", "weight")
     )
@@ -244,18 +318,19 @@ def test_stimuli_come_once_per_epoch_with_mean_weight_and_target(dataset, tmp_pa
     np.testing.assert_allclose(weight, np.array(COUNTS)[stimulus] / np.mean(COUNTS), rtol=1e-6)
     np.testing.assert_array_equal(latent, targets[stimulus])
     np.testing.assert_allclose(tokens, arrays["tokens"][stimulus], rtol=2**-8)
-    assert {fmri.dtype, latent.dtype, tokens.dtype, weight.dtype} == {np.dtype(np.float32)}
-    assert "latent" not in next(training_batches(dataset, "train", batch_size=2, seed=0, unit="stimulus"))
+    assert {fmri.dtype, latent.dtype, weight.dtype} == {np.dtype(np.float32)}
+    assert tokens.dtype == ml_dtypes.bfloat16
+    assert "latent" not in next(training_batches([dataset], "train", batch_size=2, seed=0, unit="stimulus"))
 
 
 def test_a_data_set_too_large_to_keep_gives_the_same_batches(dataset, monkeypatch):
-    kept = take(training_batches(dataset, "train", batch_size=4, seed=5), 12)
+    kept = take(training_batches([dataset], "train", batch_size=4, seed=5), 12)
     records = dataset.records("train")
     assert records[1] is records[1]
     monkeypatch.setattr(pairs, "_CACHED_BYTES", 0)
     records = dataset.records("train")
     assert records[1] is not records[1]
-    assert_batches_equal(take(training_batches(dataset, "train", batch_size=4, seed=5), 12), kept)
+    assert_batches_equal(take(training_batches([dataset], "train", batch_size=4, seed=5), 12), kept)
 
 
 @pytest.mark.parametrize(("keep", "reads"), [(True, 1), (False, 3)])
@@ -269,11 +344,11 @@ def test_kept_records_are_decoded_once(keep, reads):
         def __getitem__(self, index):
             self.read += 1
             zero = np.zeros((1, 1), np.float32)
-            number = np.zeros(1, np.int32)
-            return {"stimulus_id": b"a", "tokens": zero, "fmri": zero, "trial_index": number, "run": number}
+            numbers = dict.fromkeys(("trial_index", "run", "session"), np.zeros(1, np.int32))
+            return {"stimulus_id": b"a", "tokens": zero, "fmri": zero, **numbers}
 
     source = Source()
-    records = pairs.Records(source, keep)
+    records = pairs.Records(source, np.arange(1), [np.arange(1)], keep)
     assert [records[index].stimulus_id for index in (0, -1, 0)] == ["a"] * 3
     assert source.read == reads
     with pytest.raises(IndexError):
@@ -290,14 +365,14 @@ def test_kept_records_are_decoded_once(keep, reads):
         (dict(unit="session"), "unit 'session': expected 'trial' or 'stimulus'"),
         (dict(average_share=1.5), "average_share 1.5: expected a probability"),
         (dict(unit="stimulus", average_share=0.5), "average_share: a stimulus is already the mean"),
-        (dict(targets=np.zeros((5, 3, 2), np.float32)), "only unit 'stimulus' takes them"),
-        (dict(unit="stimulus", targets=np.zeros((4, 3, 2), np.float32)), "4 rows, but the split has 5 records"),
-        (dict(order=np.arange(5)), "order: expected each of 0 to 23 once"),
+        (dict(targets=[np.zeros((5, 3, 2), np.float32)]), "only unit 'stimulus' takes them"),
+        (dict(unit="stimulus", targets=[np.zeros((4, 3, 2), np.float32)]), "4 rows, but the split has 5 records"),
+        (dict(orders=[np.arange(5)]), "order: expected each of 0 to 23 once"),
     ],
 )
 def test_an_argument_that_does_not_fit_is_named(dataset, settings, message):
     with pytest.raises(InputError, match=message):
-        training_batches(dataset, **(dict(split="train", batch_size=4, seed=0) | settings))
+        training_batches([dataset], **(dict(split="train", batch_size=4, seed=0) | settings))
 
 
 def test_a_folder_without_a_prepared_data_set_says_how_to_get_one(dataset, tmp_path):
@@ -350,7 +425,7 @@ def test_a_process_that_comes_second_uses_what_the_first_wrote(tmp_path, monkeyp
     monkeypatch.setattr(Voxels, "save", save_after_the_other)
     folder = prepare(loser)
     assert open_dataset(folder).splits == ("train", "validation", "test")
-    assert [path.name for path in folder.parent.iterdir()] == ["1.0.0"]
+    assert [path.name for path in folder.parent.iterdir()] == ["1.1.0"]
 
 
 def test_progress_bars_stay_where_there_is_a_terminal(monkeypatch):

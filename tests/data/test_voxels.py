@@ -120,19 +120,41 @@ def voxels(**changes) -> Voxels:
         affine=np.diag([2.0, 2.0, 2.0, 1.0]),
         ncsnr=np.linspace(0, 1, 12, dtype=np.float32),
         order=hilbert_order(ijk),
+        rois={"prf-visualrois/V1v": ijk[:, 0] == 0, "streams/early": ijk[:, 1] == 1, "floc-faces/none": ijk[:, 0] > 9},
     )
     return Voxels(**(complete | changes))
 
 
+def arrays(voxels: Voxels) -> dict:
+    """Every field by name, each region by its own."""
+    return {name: value for name, value in vars(voxels).items() if name != "rois"} | dict(voxels.rois)
+
+
 @pytest.mark.parametrize("unknown", [(), ("ijk", "volume_shape", "affine", "ncsnr")])
 def test_a_voxel_file_gives_back_what_was_saved(tmp_path, unknown):
-    saved = voxels(**dict.fromkeys(unknown))
+    saved = voxels(**dict.fromkeys(unknown), **({"rois": {}} if unknown else {}))
     saved.save(tmp_path / "voxels.npz")
-    loaded = Voxels.load(tmp_path / "voxels.npz")
-    for name, value in vars(saved).items():
-        np.testing.assert_array_equal(getattr(loaded, name), value)
-        assert getattr(getattr(loaded, name), "dtype", None) == getattr(value, "dtype", None)
+    loaded = arrays(Voxels.load(tmp_path / "voxels.npz"))
+    assert list(loaded) == list(arrays(saved))
+    for name, value in arrays(saved).items():
+        np.testing.assert_array_equal(loaded[name], value)
+        assert getattr(loaded[name], "dtype", None) == getattr(value, "dtype", None)
     assert [file.name for file in tmp_path.iterdir()] == ["voxels.npz"]
+
+
+def test_selected_voxels_keep_their_places_and_regions_and_get_an_order_of_their_own():
+    whole = voxels()
+    mask = whole.ijk[:, 0] != 1
+    numbers = np.flatnonzero(mask)[::-1]
+    for chosen, kept in ((mask, np.flatnonzero(mask)), (numbers, numbers)):
+        part = whole.select(chosen)
+        np.testing.assert_array_equal(part.ijk, whole.ijk[kept])
+        np.testing.assert_array_equal(part.ncsnr, whole.ncsnr[kept])
+        np.testing.assert_array_equal(part.order, hilbert_order(part.ijk))
+        np.testing.assert_array_equal(part.rois["prf-visualrois/V1v"], part.ijk[:, 0] == 0)
+        assert (part.subject, part.volume_shape) == (whole.subject, whole.volume_shape)
+    nowhere = voxels(ijk=None, ncsnr=None).select(numbers)
+    np.testing.assert_array_equal(nowhere.order, np.arange(len(numbers)))
 
 
 def test_a_file_that_is_no_voxel_file_is_named(tmp_path):

@@ -403,8 +403,8 @@ def test_a_stage_goes_on_where_pytorch_stopped(started, tiny_dataset, tmp_path, 
     def stage():
         validation = load_trials(tiny_dataset, "validation")
         if name == "stage1":
-            return stage1(config, tiny_dataset, validation)
-        return stage2(config, tiny_dataset, validation, params["brain_vae"], None)
+            return stage1(config, [tiny_dataset], [validation])
+        return stage2(config, [tiny_dataset], [validation], params["brain_vae"], [None])
 
     by_hand = stage()
     state, step = start_of(by_hand)
@@ -478,7 +478,7 @@ def test_a_start_may_itself_be_the_result(started, tiny_dataset, tmp_path, steps
         config.stage1, steps=steps, stop_below=1e9, start_from=str(folder / "last.pth"), eval_every=4
     )
     config = dataclasses.replace(config, stage1=settings)
-    stage = stage1(config, tiny_dataset, load_trials(tiny_dataset, "validation"))
+    stage = stage1(config, [tiny_dataset], [load_trials(tiny_dataset, "validation")])
     result = fit(stage, config, make_mesh(devices=jax.devices()[:1]), tmp_path)
     jax.tree.map(np.testing.assert_array_equal, result, params["brain_vae"])
     assert json.loads((tmp_path / "selected.json").read_text())["step"] == 2

@@ -15,7 +15,7 @@ from scipy.special import erf, expit
 
 from synbrain_jax.errors import InputError
 from synbrain_jax.models.clip_vision import Block, CLIPVision, CLIPVisionConfig, clip_vision_shapes
-from synbrain_jax.sharding import make_mesh, shard_batch, state_sharding
+from synbrain_jax.sharding import make_mesh, on_mesh, param_sharding, shard_batch
 
 # The picture's size is no multiple of the patch's, nor the MLP's width of the tower's.
 SIZES = dict(image_size=19, patch_size=5, width=16, depth=3, heads=4, mlp_width=24, embed_dim=8)
@@ -295,12 +295,12 @@ def test_settings_that_cannot_be_are_refused(changes, message):
 def test_every_parameter_of_bigg_has_its_place():
     shapes = clip_vision_shapes(CLIPVisionConfig.bigG_14())
     mesh = make_mesh(1, 1, 8)
-    places = flatten_dict(state_sharding({"clip_vision": shapes}, mesh)["clip_vision"], sep="/")
+    places = flatten_dict(param_sharding({"clip_vision": shapes}, mesh)["clip_vision"], sep="/")
     split = {
-        "blocks/attn/qkv/kernel": P(None, None, None, "tensor"),
-        "blocks/attn/proj/kernel": P(None, "tensor"),
-        "blocks/mlp/fc1/kernel": P(None, None, "tensor"),
-        "blocks/mlp/fc2/kernel": P(None, "tensor"),
+        "blocks/attn/qkv/kernel": P(None, "fsdp", None, "tensor"),
+        "blocks/attn/proj/kernel": P(None, "tensor", "fsdp"),
+        "blocks/mlp/fc1/kernel": P(None, "fsdp", "tensor"),
+        "blocks/mlp/fc2/kernel": P(None, "tensor", "fsdp"),
     }
     assert {path: place.spec for path, place in places.items()} == {path: split.get(path, P()) for path in places}
     leaves = flatten_dict(shapes, sep="/")
@@ -310,8 +310,10 @@ def test_every_parameter_of_bigg_has_its_place():
 
 @pytest.mark.parametrize("mesh", [*(name for name in tiny.MESHES if name != "1"), "fsdp 4 x tensor 2"])
 def test_eight_devices_agree_with_one(mesh):
-    mesh = make_mesh(1, 4, 2) if mesh.startswith("fsdp") else tiny.mesh_of(mesh)
-    placed = jax.device_put(params(), state_sharding(params(), mesh))
-    output = jax.jit(CLIPVision(config()).apply)({"params": placed}, shard_batch(np.asarray(PIXELS), mesh))
+    mesh = make_mesh(1, 4, 2) if mesh == "fsdp 4 x tensor 2" else tiny.mesh_of(mesh)
+    placed = jax.device_put(params(), param_sharding(params(), mesh))
+    output = jax.jit(on_mesh(CLIPVision(config()).apply, mesh))(
+        {"params": placed}, shard_batch(np.asarray(PIXELS), mesh)
+    )
     assert len(output.tokens.sharding.device_set) == 8
     assert relative(output, result()[0]) <= 2e-6
