@@ -4,7 +4,7 @@ Reproduces: nothing yet. No parameter depends on the number of voxels, so one Br
 each batch is of one person, in a seeded schedule. Each gets a bundle, with the same models and their own voxels and
 correction: WORKDIR/nsd-subj01/bundle and so on, with a report beside it.
 Command: python train.py nsd_multisubject --data.source nsd --data.tokens tokens --workdir runs/nsd_multisubject
-Hardware: one 80 GB accelerator, bfloat16. Disk: 42 GB of records and 55 GB of targets in the workdir. Host memory: as
+Hardware: one 80 GB accelerator, bfloat16. Disk: 41 GB of records and 55 GB of targets in the workdir. Host memory: as
 for one person, for each is evaluated by itself. All computed, not measured, as is the time: twice the steps of
 `nsd_subj01` are about two hours at 300 TFLOP/s.
 Expected: not measured. How well one mapper without knowledge of the person can serve four brains is an open question:

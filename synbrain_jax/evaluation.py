@@ -262,7 +262,16 @@ def write_evaluation(
 
     Returns:
         The report.
+
+    Raises:
+        InputError: the data set is of another brain, or a split cannot be scored or learnt from.
     """
+    known = model.bundle.voxels
+    if dataset.n_voxels != len(known.order):  # before the baselines, which may take long
+        raise InputError(
+            f"{dataset.path}: {dataset.n_voxels} voxels of {dataset.voxels.subject}, but the model synthesises "
+            f"{len(known.order)} of {known.subject}; give the data set that it was trained on"
+        )
     train, validation, test = (load_trials(dataset, name) for name in ("train", "validation", split))
     evaluation = evaluate(
         predict_shifted(model.predict, test.tokens, shift_tokens),

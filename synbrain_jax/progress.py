@@ -23,20 +23,22 @@ SELECTED_FILE = "selected.json"  # appears when a stage has ended
 class Progress:
     """The log of one stage from step `start` to `steps`. Use as a context manager.
 
-    What a killed run wrote after its last checkpoint is dropped, because those steps are run again.
+    What a killed run wrote after its last checkpoint is dropped, because those steps are run again; and if it had none
+    (`resumed` is false), all that it wrote.
     """
 
-    def __init__(self, folder: str | os.PathLike, name: str, start: int, steps: int):
+    def __init__(self, folder: str | os.PathLike, name: str, start: int, steps: int, resumed: bool = True):
         self._folder, self._name, self._start, self._steps = epath.Path(folder), name, start, steps
+        self._first = start + 1 if resumed else 0
         self._lines = self._folder / "metrics.jsonl"
         kept = []
         if self._lines.exists():
             lines = [line for line in read_text(self._lines).splitlines() if line.endswith("}")]
-            kept = [line + "\n" for line in lines if json.loads(line)["step"] <= start]
+            kept = [line + "\n" for line in lines if json.loads(line)["step"] < self._first]
         write_text(self._lines, "".join(kept))
 
     def __enter__(self) -> "Progress":
-        self._events = tensorboardX.SummaryWriter(os.fspath(self._folder / "events"), purge_step=self._start + 1)
+        self._events = tensorboardX.SummaryWriter(os.fspath(self._folder / "events"), purge_step=self._first)
         self._terminal = sys.stderr.isatty()
         self._bar = tqdm(
             total=self._steps, initial=self._start, desc=self._name, unit="step", disable=not self._terminal
@@ -77,6 +79,14 @@ class Progress:
         write_text(self._folder / SELECTED_FILE, text + "\n")
 
 
+def selected_step(folder: str | os.PathLike) -> int | None:
+    """The checkpoint that validation picked; None if the stage has not ended, or the note of it is not whole."""
+    try:
+        return json.loads((epath.Path(folder) / SELECTED_FILE).read_text())["step"]
+    except (OSError, ValueError):
+        return None
+
+
 class Silence:
     """Takes what `Progress` takes, in the processes that do not write, and does nothing."""
 
@@ -89,6 +99,8 @@ class Silence:
     __exit__ = log = advance = write_selected = _nothing
 
 
-def open_progress(folder: str | os.PathLike, name: str, start: int, steps: int) -> Progress | Silence:
+def open_progress(
+    folder: str | os.PathLike, name: str, start: int, steps: int, resumed: bool = True
+) -> Progress | Silence:
     """A `Progress`, if this is the process that writes."""
-    return Progress(folder, name, start, steps) if is_first() else Silence()
+    return Progress(folder, name, start, steps, resumed) if is_first() else Silence()

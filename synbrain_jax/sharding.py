@@ -185,6 +185,26 @@ def _split_batch(x, layer: bool):
     return jax.lax.with_sharding_constraint(x, spec)
 
 
+def jit_beside(function: Callable[[PyTree, PyTree], PyTree]) -> Callable[[PyTree, PyTree], PyTree]:
+    """`function(params, batch)`, jitted over the mesh on which `params` lie, if they lie on one.
+
+    `batch` are rows on the host, the same in every process; they are split over the mesh if their number can be.
+    """
+    compiled = functools.cache(lambda mesh: jax.jit(function if mesh is None else on_mesh(function, mesh)))
+
+    def call(params: PyTree, batch: PyTree) -> PyTree:
+        mesh = getattr(getattr(jax.tree.leaves(params)[0], "sharding", None), "mesh", None)
+
+        def split(rows):
+            if mesh is None or len(rows) % batch_parts(mesh):
+                return rows
+            return jax.make_array_from_callback(rows.shape, batch_sharding(mesh), lambda index: rows[index])
+
+        return compiled(mesh)(params, jax.tree.map(split, batch))
+
+    return call
+
+
 def split_features(rows: Float[Array, "b f"]) -> Float[Array, "b f"]:
     """Inside `on_mesh`: all rows on every device, and of each its share of the features; elsewhere, `rows`.
 

@@ -28,9 +28,11 @@ from synbrain_jax.files import read_npz, write_npz
 from synbrain_jax.interop.torch_training import check_start, training_state
 from synbrain_jax.models.brain_vae import BrainVAE, brain_vae_shapes
 from synbrain_jax.models.semantic_to_neural import SemanticToNeural, mapper_shapes
-from synbrain_jax.sharding import split_features
+from synbrain_jax.sharding import jit_beside, split_features
 from synbrain_jax.synthesis import SynBrain, model_order
 from synbrain_jax.training import LossFunction, Stage, TrainState
+
+_ENCODED_AT_ONCE = 32  # trials, on one device, where a batch may be that of many
 
 
 def folders(workdir: str | os.PathLike, datasets: Sequence[Dataset]) -> list[epath.Path]:
@@ -64,7 +66,7 @@ def stage1(config: Config, datasets: Sequence[Dataset], validation: Sequence[Tri
         validate=_over_subjects(
             datasets,
             [
-                _stage1_validation(loss, trials, order, settings.batch_size)
+                _stage1_validation(loss, trials, order, settings.batch_size // settings.accumulate)
                 for trials, order in zip(validation, orders, strict=True)
             ],
         ),
@@ -105,7 +107,7 @@ def stage2(
         validate=_over_subjects(
             datasets,
             [
-                _stage2_validation(mapper, vae, brain_vae, trials, order, settings.batch_size)
+                _stage2_validation(mapper, vae, brain_vae, trials, order, settings.batch_size // settings.accumulate)
                 for trials, order in zip(validation, orders, strict=True)
             ],
         ),
@@ -223,7 +225,8 @@ def _write_encoding(
     encode = jax.jit(lambda params, fmri: vae.apply({"params": params}, fmri, method="encode"))
     order = model_order(config.data.voxel_order, dataset.voxels.order)
     counts = dataset.trials_per_record("train")
-    shape, size = (config.brain_vae.latent_tokens, config.brain_vae.latent_dim), config.stage1.batch_size
+    shape = (config.brain_vae.latent_tokens, config.brain_vae.latent_dim)
+    size = min(config.stage1.batch_size, _ENCODED_AT_ONCE)
     std_file.parent.mkdir(parents=True, exist_ok=True)
     unfinished = std_file.with_name("targets.npy.unfinished")
     if targets_file:
@@ -291,7 +294,7 @@ def fit_correction(
 def _stage1_validation(loss: LossFunction, validation: Trials, order: Int[np.ndarray, " v"], batch_size: int):
     """The loss without sampling on the validation trials. All batches are full and hold trials from the whole
     split, because the contrast is among a batch; a few trials, evenly spread, may be left out."""
-    evaluate = jax.jit(lambda params, batch: loss(params, {}, batch, None)[1])
+    evaluate = jit_beside(lambda params, batch: loss(params, {}, batch, None)[1])
     n = len(validation.fmri)
     size = min(batch_size, n)
     batches = n // size
@@ -313,10 +316,10 @@ def _stage2_validation(
     """Synthesised patterns of the validation stimuli against the mean of their trials, in voxel space."""
     voxels = len(order)
 
-    @jax.jit
-    def predict(params, frozen, tokens):
-        latent = mapper.apply({"params": params}, tokens, method="predict_latent")
-        return vae.apply({"params": frozen}, latent, voxels, method="decode")
+    @jit_beside
+    def predict(params, tokens):
+        latent = mapper.apply({"params": params["mapper"]}, tokens, method="predict_latent")
+        return vae.apply({"params": params["brain_vae"]}, latent, voxels, method="decode")
 
     counts = np.bincount(validation.stimulus)[:, None]
     target = np.zeros((len(counts), voxels), np.float32)
@@ -328,7 +331,8 @@ def _stage2_validation(
         for start in range(0, len(validation.tokens), batch_size):
             tokens = validation.tokens[start : start + batch_size]
             padded = np.pad(tokens, ((0, batch_size - len(tokens)), (0, 0), (0, 0)))
-            rows.append(np.asarray(whole(predict(params, brain_vae, padded)))[: len(tokens)])
+            pattern = predict({"mapper": params, "brain_vae": brain_vae}, padded)
+            rows.append(np.asarray(whole(pattern))[: len(tokens)])
         prediction = np.concatenate(rows)
         return {
             "mse": float(np.mean(metrics.mse(prediction, target))),

@@ -23,7 +23,7 @@ from synbrain_jax.checkpoint import Checkpoints
 from synbrain_jax.config import Config, OptimizerConfig, Stage1Config, Stage2Config
 from synbrain_jax.distributed import StopRequests, agreed
 from synbrain_jax.errors import InputError, NonFiniteLoss, Stopped
-from synbrain_jax.progress import SELECTED_FILE, open_progress
+from synbrain_jax.progress import open_progress, selected_step
 from synbrain_jax.sharding import (
     batch_parts,
     batch_sharding,
@@ -316,8 +316,9 @@ def fit(stage: Stage, config: Config, mesh: Mesh, folder: str | os.PathLike) -> 
     frozen = jax.device_put(stage.frozen, replicated(mesh))
 
     with Checkpoints(folder / "checkpoints", config, "min" if settings.select in MINIMISED else "max") as checkpoints:
-        if agreed((folder / SELECTED_FILE).exists()):  # this stage has ended before
-            return program.result(checkpoints.restore(checkpoints.selected()[0], target)[0])
+        selected = agreed(selected_step(folder))
+        if selected is not None:  # this stage has ended before
+            return program.result(checkpoints.restore(selected, target)[0])
         pending, since_validation = [], []
         newest = checkpoints.newest(target)
         if newest:
@@ -327,7 +328,8 @@ def fit(stage: Stage, config: Config, mesh: Mesh, folder: str | os.PathLike) -> 
             state = stage.start(target) if stage.start else program.init(key)
         step = start = int(state.step)
 
-        with open_progress(folder, stage.name, start, settings.steps) as progress, StopRequests(mesh) as stop_requests:
+        open_log = open_progress(folder, stage.name, start, settings.steps, resumed=newest is not None)
+        with open_log as progress, StopRequests(mesh) as stop_requests:
             if stage.start and not newest:  # what was handed in may be the result
                 numbers = agreed(stage.validate(program.result(state)))
                 progress.log(start, "val", numbers)

@@ -247,6 +247,16 @@ def test_prepared_arrays_can_be_evaluated(tmp_path, bundle, capsys, monkeypatch)
     assert shifted["scores"]["ridge"] == report["scores"]["ridge"]
 
 
+def test_data_of_another_brain_are_refused(tmp_path, bundle, capsys):
+    np.savez(tmp_path / "mine.npz", **experiment(fmri=np.random.default_rng(0).normal(size=(24, 29))))
+    prepared = os.fspath(prepare_arrays(tmp_path / "mine.npz", tmp_path / "data", name="x"))
+    out = os.fspath(tmp_path / "scores")
+    err = error_of(capsys, main, ["evaluate", "--model", os.fspath(bundle), "--data", prepared, "--out", out])
+    assert "29 voxels of" in err
+    assert "but the model synthesises 30 of s; give the data set that it was trained on" in err
+    assert not os.path.exists(out)
+
+
 def test_baselines_learn_from_as_much_as_the_model_did(tmp_path, bundle):
     source, out = tmp_path / "mine.npz", tmp_path / "scores"
     rng = np.random.default_rng(0)

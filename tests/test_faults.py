@@ -4,8 +4,11 @@ import dataclasses
 import itertools
 import json
 import os
+import shutil
 import signal
+import warnings
 
+import jax
 import numpy as np
 import pytest
 import tiny
@@ -109,6 +112,23 @@ def test_a_loss_that_is_not_finite_is_not_saved_for_a_stop(tmp_path):
     assert steps_of(tmp_path) == []
 
 
+def test_a_start_from_a_given_state_that_was_killed_before_it_was_saved_is_logged_once(tmp_path):
+    def start(target):
+        return jax.tree.map(lambda leaf: jax.device_put(np.ones(leaf.shape, leaf.dtype), leaf.sharding), target)
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    stage = dataclasses.replace(toy([5.0], steps=2), start=start)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Checkpoints, "save", killed)
+        with pytest.raises(KeyboardInterrupt):
+            fit(stage, SPARSE, MESH, tmp_path)
+    assert [line["step"] for line in tiny.log_of(tmp_path)] == [1]
+    fit(dataclasses.replace(toy([5.0, 4.0], steps=2), start=start), SPARSE, MESH, tmp_path)
+    assert [line["step"] for line in tiny.log_of(tmp_path) if "val/mse" in line] == [1, 2]
+
+
 # ---- damage --------------------------------------------------------------------------------------
 
 
@@ -140,6 +160,18 @@ def test_a_damaged_result_of_a_stage_that_has_ended_is_an_error(tmp_path):
         InputError, match=rf"checkpoints/{step}: this checkpoint cannot be read .* Delete {tmp_path} to"
     ):
         fit(toy([]), SPARSE, MESH, tmp_path)
+
+
+@pytest.mark.parametrize("what", ["note", "."])
+def test_a_stage_that_has_ended_gives_what_was_selected_or_nothing(tmp_path, what):
+    """And not the best of what is left, though that can be read."""
+    fit(toy([4.0, 1.0, 2.0, 3.0]), SPARSE, MESH, tmp_path)
+    assert steps_of(tmp_path) == [6, 9, 12]
+    shutil.rmtree(tmp_path / "checkpoints" / "6" / what)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that a note cannot be read
+        with pytest.raises(InputError, match="checkpoints/6: this checkpoint cannot be read"):
+            fit(toy([]), SPARSE, MESH, tmp_path)
 
 
 def test_terms_come_back_from_a_checkpoint_with_all_their_bits():

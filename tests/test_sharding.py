@@ -27,6 +27,7 @@ from synbrain_jax.sharding import (
     RULES,
     batch_parts,
     batch_sharding,
+    jit_beside,
     make_mesh,
     on_mesh,
     param_sharding,
@@ -266,6 +267,24 @@ def test_what_modules_put_out_is_split_by_the_batch(sizes):
     assert one_row.sharding.is_equivalent_to(replicated(mesh), 2)
     assert layer.sharding.shard_shape((8, 3, 16))[0] == 8 // batch_parts(mesh)  # and `tensor` as XLA likes
     assert on_mesh(apply, make_mesh(devices=jax.devices()[:1])) is apply
+
+
+def test_rows_are_computed_where_the_parameters_are():
+    """Split over their mesh, if their number can be; and on one device where there is no mesh."""
+    seen = []
+
+    def function(params, batch):
+        seen.append(jax.sharding.get_abstract_mesh().shape_tuple)
+        return batch["x"] * params["w"]
+
+    mesh, run = make_mesh(2, 2, 2), jit_beside(function)
+    params, x = {"w": jax.device_put(np.float32(3), replicated(mesh))}, np.arange(24, dtype=np.float32).reshape(8, 3)
+    for rows, split in ((8, True), (6, False), (8, True)):
+        out = run(params, {"x": x[:rows]})
+        np.testing.assert_array_equal(out, 3 * x[:rows])
+        assert out.sharding.is_equivalent_to(batch_sharding(mesh) if split else replicated(mesh), 2)
+    np.testing.assert_array_equal(run({"w": np.float32(3)}, {"x": x}), 3 * x)
+    assert [dict(axes) for axes in seen] == [dict(mesh.shape)] * 2 + [{}]  # each compiled once
 
 
 @pytest.mark.parametrize("contrast_size", [None, 2, 4])

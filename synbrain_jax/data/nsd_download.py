@@ -67,7 +67,7 @@ def needed_files(
         raise InputError(f"subject is {subject}; NSD has subjects 1 to {len(SESSIONS)}.")
     name = subject_name(subject)
     responses = f"nsddata_betas/ppdata/{name}/func1pt8mm/{betas}"
-    regions, labels = f"nsddata/ppdata/{name}/func1pt8mm/roi", f"nsddata/freesurfer/{name}/label"
+    regions = f"nsddata/ppdata/{name}/func1pt8mm/roi"
     required = [
         "nsddata/experiments/nsd/nsd_expdesign.mat",
         f"{regions}/nsdgeneral.nii.gz",
@@ -76,19 +76,22 @@ def needed_files(
         "nsddata_stimuli/stimuli/nsd/nsd_stimuli.hdf5",
     ]
     optional = [f"{regions}/{atlas}.nii.gz" for atlas in _ATLASES]
-    optional += [f"{labels}/{atlas}.mgz.ctab" for atlas in _ATLASES]
+    for owner in (name, "fsaverage"):  # the tables of some atlases are there, of others here
+        optional += [f"nsddata/freesurfer/{owner}/label/{atlas}.mgz.ctab" for atlas in _ATLASES]
     return [RemoteFile(key) for key in required] + [RemoteFile(key, optional=True) for key in optional]
 
 
 def show(root: str | os.PathLike, subject: int, *, betas: str = BETAS) -> str:
-    """The list of `needed_files` for people: a line for each with its address and its bytes, as far as it is in `root`.
+    """The list of `needed_files` for people: a line for each with its address, its bytes as far as it is in `root`, and
+    "optional" where NSD need not have it.
 
     Asks nobody, so the size of a file that is not there is unknown ("?").
     """
     files = needed_files(subject, betas=betas)
     places = [Path(root).expanduser() / file.key for file in files]
     sizes = [place.stat().st_size if place.exists() else None for place in places]
-    lines = [f"{_url(file.key)}\t{'?' if size is None else size}" for file, size in zip(files, sizes, strict=True)]
+    told = [(_url(file.key), "?" if size is None else size) for file, size in zip(files, sizes, strict=True)]
+    lines = [f"{key}\t{size}" + "\toptional" * file.optional for file, (key, size) in zip(files, told, strict=True)]
     there = [size for size in sizes if size is not None]
     return "\n".join([*lines, f"{len(files)} files, {len(there)} of them ({sum(there) / 1e9:.1f} GB) there. {TERMS}"])
 
@@ -128,7 +131,8 @@ def with_sizes(files: Sequence[RemoteFile], client: Any) -> list[RemoteFile]:
             try:
                 head = client.head_object(Bucket=BUCKET, Key=file.key)
             except ClientError as error:
-                if not file.optional or error.response["ResponseMetadata"]["HTTPStatusCode"] != 404:
+                # 403: what S3 says of a missing file where the bucket may not be listed.
+                if not file.optional or error.response["ResponseMetadata"]["HTTPStatusCode"] not in (403, 404):
                     raise
                 continue
             found.append(dataclasses.replace(file, size=head["ContentLength"], version=head["ETag"].strip('"')))

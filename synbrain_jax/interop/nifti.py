@@ -18,6 +18,7 @@ from jaxtyping import Float, Int
 from synbrain_jax.data.voxels import Voxels
 from synbrain_jax.errors import InputError
 
+_MOST = 2**15 - 1  # what a NIfTI-1 header can say of an axis
 _MILLIMETRES = 0.01  # by which affines may differ that went through a header's float32 or a text file
 
 
@@ -32,7 +33,7 @@ def to_volume(
         fill: value outside the voxels, e.g. NaN.
 
     Raises:
-        InputError: the positions or the affine are unknown, or nibabel is missing.
+        InputError: the positions or the affine are unknown, there are more than 32,767 patterns, or nibabel is missing.
     """
     place = _places(voxels)
     volume = np.full((*patterns.shape[:-1], *voxels.volume_shape), fill, np.float32)
@@ -116,6 +117,11 @@ def _packed(raw: Any, name: str) -> Any:
 
 
 def _header(shape: tuple[int, ...], voxels: Voxels) -> Any:
+    if max(shape) > _MOST:
+        raise InputError(
+            f"{max(shape):,} volumes: a NIfTI file holds at most {_MOST:,}; write fewer stimuli, or fewer samples of "
+            "each, into one file"
+        )
     header = _nibabel().Nifti1Header()
     header.set_data_dtype(np.float32)
     header.set_data_shape(shape)

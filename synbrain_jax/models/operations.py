@@ -194,15 +194,22 @@ def attend_heads(
     precision: lax.PrecisionLike = None,
 ) -> Float[Array, "b t h e"]:
     """Attention of each head by itself, softmax in float32; in cuDNN's one kernel where it has one for these arrays."""
-    if _cudnn_attends(q.dtype, q.shape[-1]):
-        return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
+    plain = partial(_attend_heads, precision=precision)
+    if not _cudnn_attends(q.dtype, q.shape[-1]):
+        return plain(q, k, v)
+    # The program may be for others than the devices that are here: the CPU beside them, or a TPU that is planned for.
+    cudnn = partial(jax.nn.dot_product_attention, implementation="cudnn")
+    return lax.platform_dependent(q, k, v, cuda=cudnn, default=plain)
+
+
+def _attend_heads(q, k, v, precision):
     scores = jnp.einsum("bqhe,bkhe->bhqk", q, k, precision=precision, preferred_element_type=jnp.float32)
     weights = jax.nn.softmax(scores * q.shape[-1] ** -0.5, axis=-1).astype(v.dtype)
     return jnp.einsum("bhqk,bkhe->bqhe", weights, v, precision=precision)
 
 
 def _cudnn_attends(dtype: DTypeLike, width: int) -> bool:
-    """Whether the devices are NVIDIA GPUs, from Ampere on, and the kernel takes the type and the width of a head."""
+    """Whether the devices here are NVIDIA GPUs, from Ampere on, and the kernel takes this type and width of a head."""
     capability = getattr(jax.devices()[0], "compute_capability", "")
     nvidia = re.fullmatch(r"\d+\.\d", str(capability))
     return dtype == jnp.bfloat16 and width <= 128 and width % 8 == 0 and nvidia is not None and float(capability) >= 8

@@ -113,12 +113,19 @@ class Program:
                         yield from self._walk(inner, times * repeats, inside)
 
     def trips(self, loop: Instruction) -> int:
-        """How often a loop runs: as XLA says, or else the one constant that its condition compares with."""
+        """How often a loop runs: as XLA says, or else by what its counter is compared with and grows by, from 0."""
         if known := loop.attribute(r'known_trip_count":\{"n":"(\d+)"'):
             return int(known)
-        condition = self.computations[loop.attribute(r"condition=%?([\w.\-]+)")]
-        bounds = {i.attributes for i in condition.values() if i.opcode == "constant" and i.shape.startswith("s32[]")}
-        return int(bounds.pop()) if len(bounds) == 1 else 1
+        condition, body = (self.computations[loop.attribute(rf"{name}=%?([\w.\-]+)")] for name in ("condition", "body"))
+        *_, compare = condition.values()
+        counter, bound = (condition[name] for name in compare.operands)
+        if bound.opcode != "constant" or counter.opcode != "get-tuple-element":
+            return 1
+        place = int(counter.attribute(r"index=(\d+)"))
+        *_, root = body.values()
+        grown = [body[name] for name in body[root.operands[place]].operands]
+        steps = [int(one.attributes) for one in grown if one.opcode == "constant"]
+        return math.ceil(int(bound.attributes) / steps[0]) if steps else int(bound.attributes)
 
     def counts(self) -> collections.Counter:
         """How many instructions of each opcode there are, those in fusions and loops once; a custom call goes by its
@@ -178,7 +185,7 @@ def _parse(name: str, rest: str) -> Instruction:
     end = _closing("(" + rest, 0) - 1
     inside, attributes = rest[:end], rest[end + 1 :]
     if opcode in ("constant", "parameter"):
-        return Instruction(name, shape, opcode, (), inside)
+        return Instruction(name, shape, opcode, (), inside)  # its value or number
     return Instruction(name, shape, opcode, tuple(re.findall(r"%([\w.\-]+)", inside)), attributes)
 
 

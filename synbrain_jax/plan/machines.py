@@ -146,8 +146,8 @@ class Machine:
         """
         if group == 1:
             return 0.0
-        if kind == "collective-permute":
-            return whole / self.chip.link
+        if kind == "collective-permute":  # mostly to both neighbours at once
+            return whole / self.chip.link / (2 if self.chip.ring else 1)
         rings = 2 if kind == "all-reduce" else 1
         if self.chip.platform == "cuda":
             inside = min(group, _HOST)

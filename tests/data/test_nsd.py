@@ -22,6 +22,7 @@ from synbrain_jax.cli import main, plain_errors
 from synbrain_jax.data import builder, nsd, nsd_download, nsd_files
 from synbrain_jax.data.nsd import prepare_nsd
 from synbrain_jax.data.pairs import Dataset, Record, open_dataset
+from synbrain_jax.data.simulate import simulate_nsd
 from synbrain_jax.errors import InputError
 
 SPLITS = ("train", "validation", "test")
@@ -331,6 +332,21 @@ def test_without_a_noise_ceiling_file_the_repeats_tell(layout, tmp_path, capsys)
     noise /= sum(len(group) - 1 for group in repeats)
     signal = np.maximum(0, np.concatenate(repeats).var(axis=0, ddof=1) - noise)
     np.testing.assert_allclose(dataset.voxels.ncsnr, np.sqrt(signal / noise), rtol=1e-3, atol=1e-3)
+
+
+def test_the_repeats_recover_the_ceiling_that_was_planted(tmp_path):
+    """Through every step from the files on, sessions that drift included."""
+    size = dict(subjects=1, sessions=3, stimuli=400, voxels=120, picture_size=8, token_shape=(2, 3))
+    root = Path(simulate_nsd(tmp_path / "nsd", **size))
+    (root / f"nsddata_betas/ppdata/subj01/func1pt8mm/{nsd_layout.BETAS}/ncsnr.nii.gz").unlink()
+    voxels = prepared(Layout(root), tmp_path / "data").voxels
+    with np.load(root / "truth/subj01.npz") as truth:
+        np.testing.assert_array_equal(voxels.ijk, truth["ijk"])
+        ncsnr = np.stack([voxels.ncsnr, truth["ncsnr"]]).astype(np.float64)
+    for trials in (1, 3):
+        found, planted = ncsnr**2 / (ncsnr**2 + 1 / trials)
+        assert abs(np.mean(found - planted)) < 0.02
+        assert np.sqrt(np.mean((found - planted) ** 2)) < 0.06
 
 
 def test_voxels_of_unknown_reliability_are_kept_and_counted(mine, tmp_path, capsys):

@@ -31,6 +31,7 @@ class Double(http.server.ThreadingHTTPServer):
         self.breaks: list[int] = []  # how many bytes the next answers hold before the connection breaks
         self.ranges = True
         self.declared = 0  # added to the length that HEAD says
+        self.absent = 404  # what is answered for a missing file
         self.signed: list[bool] = []
         self.asked: list[tuple[str, str, str | None]] = []
 
@@ -51,7 +52,7 @@ class Answers(http.server.BaseHTTPRequestHandler):
         double.signed.append("Authorization" in self.headers)
         content = double.files.get(key)
         if content is None:
-            self.reply(404, MISSING.encode(), {})
+            self.reply(double.absent, MISSING.encode(), {})
             return
         tag = f'"{hash(content) % 2**32:08x}"'
         if self.headers.get("If-Match", tag) != tag:
@@ -114,6 +115,7 @@ def test_a_subject_needs_all_its_sessions(subject, sessions):
         f"nsddata/ppdata/subj{subject:02d}/func1pt8mm/roi/nsdgeneral.nii.gz",
         f"nsddata/ppdata/subj{subject:02d}/func1pt8mm/roi/prf-visualrois.nii.gz",
         f"nsddata/freesurfer/subj{subject:02d}/label/floc-faces.mgz.ctab",
+        "nsddata/freesurfer/fsaverage/label/HCP_MMP1.mgz.ctab",
     ):
         assert key in keys
 
@@ -138,7 +140,8 @@ def test_the_list_says_what_is_there(tmp_path, capsys):
     lines = show(tmp_path, 4).splitlines()
     files = needed_files(4)
     assert lines[0] == f"s3://{BUCKET}/{DESIGN}\t5"
-    assert lines[1:-1] == [f"s3://{BUCKET}/{file.key}\t?" for file in files[1:]]
+    assert lines[1:-1] == [f"s3://{BUCKET}/{file.key}\t?" + "\toptional" * file.optional for file in files[1:]]
+    assert [line.split("/")[-1] for line in lines if line.endswith("?")][-1] == "nsd_stimuli.hdf5\t?"
     assert lines[-1].startswith(f"{len(files)} files, 1 of them (0.0 GB) there. ")
     assert "agreed to its terms" in lines[-1]
     cli.main(["prepare", "nsd", "--root", str(tmp_path), "--subject", "4", "--list"])
@@ -255,8 +258,9 @@ def test_a_missing_file_is_named_before_anything_is_fetched(bucket, client, tmp_
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_optional_file_may_be_missing(bucket, client, tmp_path):
-    bucket.files = {DESIGN: CONTENT}
+@pytest.mark.parametrize("absent", [404, 403])
+def test_an_optional_file_may_be_missing(absent, bucket, client, tmp_path):
+    bucket.files, bucket.absent = {DESIGN: CONTENT}, absent
     files = [RemoteFile(DESIGN), RemoteFile("roi/streams.nii.gz", optional=True)]
     assert fetch(tmp_path, files, client) == [tmp_path / DESIGN]
 

@@ -140,6 +140,17 @@ def test_other_endings_and_a_missing_nibabel_are_named(tmp_path, monkeypatch):
         check_nifti(tmp_path / "x.nii", voxels())
 
 
+def test_more_volumes_than_the_format_holds_are_refused(tmp_path):
+    one = voxels().select(np.arange(1))
+    one = dataclasses.replace(one, ijk=np.zeros((1, 3), np.int32), volume_shape=(1, 1, 1))
+    many = np.arange(2**15, dtype=np.float32)[:, None]
+    assert to_volume(many[1:], one).shape == (1, 1, 1, 2**15 - 1)
+    for act in (lambda: to_volume(many, one), lambda: save_nifti(tmp_path / "x.nii", many, one)):
+        with pytest.raises(InputError, match=r"32,768 volumes: a NIfTI file holds at most 32,767"):
+            act()
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_failure_leaves_no_file(tmp_path):
     with pytest.raises(ValueError, match=r"shape mismatch"):
         save_nifti(tmp_path / "x.nii.gz", patterns()[:, :49], dataclasses.replace(voxels()))

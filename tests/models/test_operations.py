@@ -80,6 +80,8 @@ def test_attend_heads_attends_in_each_head_by_itself():
     ],
 )
 def test_cudnn_attends_where_it_can(monkeypatch, capability, dtype, width, expected):
+    """In programs for NVIDIA GPUs alone, on a machine that has one."""
+
     class Device:
         pass
 
@@ -87,12 +89,19 @@ def test_cudnn_attends_where_it_can(monkeypatch, capability, dtype, width, expec
         Device.compute_capability = capability
     monkeypatch.setattr(jax, "devices", lambda: [Device()])
     asked = []
-    monkeypatch.setattr(
-        jax.nn, "dot_product_attention", lambda q, k, v, implementation: asked.append(implementation) or q
-    )
-    q = jnp.ones((1, 2, 1, width), dtype)
-    assert operations.attend_heads(q, q, q).shape == q.shape
+
+    def fused(q, k, v, implementation):
+        asked.append(implementation)
+        return jnp.cos(q)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", fused)
+    q = jax.ShapeDtypeStruct((1, 2, 1, width), dtype)
+    traced = jax.jit(lambda *qkv: operations.attend_heads(*qkv)).trace(q, q, q)  # a new function: nothing is cached
     assert asked == ["cudnn"] * expected
+    for platform in ("cuda", "rocm", "tpu", "cpu"):
+        program = traced.lower(lowering_platforms=(platform,)).as_text()
+        assert ("cosine" in program) == (expected and platform == "cuda")
+        assert ("exponential" in program) != ("cosine" in program)
 
 
 @pytest.mark.parametrize("rows", [1, 2])

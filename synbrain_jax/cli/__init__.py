@@ -1,0 +1,27 @@
+"""Command lines: `synbrain VERB`, and what `train.py` takes."""
+
+import tyro
+
+from synbrain_jax.cli.convert import convert
+from synbrain_jax.cli.ending import plain_errors
+from synbrain_jax.cli.experiments import plan, run_settings
+from synbrain_jax.cli.prepare import prepare, simulate
+from synbrain_jax.cli.systems import encode_images, evaluate, report, synthesize
+
+__all__ = ["main", "plain_errors", "run_settings"]
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The `synbrain` command."""
+    verbs = {
+        "prepare": prepare,
+        "encode-images": encode_images,
+        "synthesize": synthesize,
+        "evaluate": evaluate,
+        "report": report,
+        "convert": convert,
+        "simulate": simulate,
+        "plan": plan,
+    }
+    with plain_errors():
+        tyro.extras.subcommand_cli_from_dict(verbs, prog="synbrain", args=arguments)

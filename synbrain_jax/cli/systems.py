@@ -1,0 +1,219 @@
+"""`synbrain encode-images`, `synthesize`, `evaluate` and `report`: pictures, trained systems and their scores."""
+
+import dataclasses
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import jax
+import numpy as np
+import tyro
+from tyro.conf import arg
+
+from synbrain_jax.errors import InputError
+from synbrain_jax.files import read_array, read_npz, write_npy, write_npz
+from synbrain_jax.synthesis import Variability, load_pretrained
+
+
+@dataclasses.dataclass(frozen=True)
+class _PictureOptions:
+    """How pictures become tokens."""
+
+    preprocessing: Literal["released", "hugging_face"] = "released"
+    """The release's, which squeezes a picture into a square; or Hugging Face's, which cuts the middle out."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Numbers that the tower computes with: bfloat16 is for GPUs and TPUs, and keeps 3 digits."""
+    background: tuple[int, int, int] = (255, 255, 255)
+    """Red, green, blue behind transparent pictures."""
+    heads: int | None = None
+    """The tower's attention heads, for an open_clip checkpoint of unusual width."""
+    activation: Literal["gelu", "quick_gelu"] | None = None
+    """Of the tower, for an open_clip checkpoint; OpenAI's need quick_gelu."""
+
+    def open(self, images: Path, clip: str):
+        """The pictures, and the encoder with its weights."""
+        from synbrain_jax.data.pictures import open_pictures
+        from synbrain_jax.encoding import load_encoder
+
+        pictures = open_pictures(images, self.background)
+        if passed_over := pictures.passed_over:
+            what = f"{len(passed_over)} (no pictures by their suffix, or links to folders), e.g. {passed_over[0]}"
+            print(f"note: {images}: files passed over: {what}", file=sys.stderr)
+        tower = {name: getattr(self, name) for name in ("preprocessing", "dtype", "heads", "activation")}
+        return pictures, load_encoder(clip, **tower)
+
+
+def encode_images(
+    images: Path,
+    clip: str,
+    out: Path,
+    batch_size: int = 32,
+    options: Annotated[_PictureOptions, arg(name="")] = _PictureOptions(),
+) -> None:
+    """Turn pictures into CLIP tokens; given again after a stop, it goes on.
+
+    The folder can be given to `prepare arrays` and to `synthesize` as --tokens, and TFDS reads it. Pictures that cannot
+    be read are listed in unreadable.txt there, and the rest is encoded.
+
+    Args:
+        images: Folder of pictures, .txt list of files, .hdf5 file with imgBrick, or TFDS folder.
+        clip: CLIP weights: an open_clip checkpoint, a Hugging Face folder, or ORG/NAME in Hugging Face's hub.
+        out: Folder for the tokens.
+        batch_size: Pictures per call of the compiled function.
+    """
+    from synbrain_jax import encoding
+
+    pictures, encoder = options.open(images, clip)
+    result = encoding.encode_images(pictures, encoder, out, batch_size=batch_size)
+    print(f"{out}: {result.encoded} pictures x {encoder.token_shape[0]} tokens x {encoder.token_shape[1]}")
+    _report_unreadable(result.unreadable, len(pictures), f" All are listed in {out / encoding.UNREADABLE_FILE}.")
+
+
+def _report_unreadable(unreadable: Mapping[str, str], count: int, more: str = "") -> None:
+    """Warns of pictures that were left out; ends the program if there was no other."""
+    if not unreadable:
+        return
+    listed = "".join(f"\n  {why}" for why in list(unreadable.values())[:10])
+    rest = f"\n  and {len(unreadable) - 10} more" if len(unreadable) > 10 else ""
+    kind = "error" if len(unreadable) == count else "warning"
+    print(f"{kind}: {len(unreadable)} of {count} pictures could not be read.{more}{listed}{rest}", file=sys.stderr)
+    if kind == "error":
+        raise SystemExit(1)
+
+
+def synthesize(
+    model: Path,
+    out: Path,
+    tokens: Path | None = None,
+    images: Path | None = None,
+    clip: str | None = None,
+    k: int = 1,
+    variability: Variability = "none",
+    noise_factor: float = 1.0,
+    seed: int = 0,
+    batch_size: int = 32,
+    nifti: Path | None = None,
+    options: Annotated[_PictureOptions, arg(name="")] = _PictureOptions(),
+) -> None:
+    """Synthesise fMRI, from pictures (--images and --clip) or from their tokens (--tokens).
+
+    Writes `fmri` [stimuli, k, voxels] float32. An .npz also gets `stimulus_id`, the pictures' names or what the tokens
+    had, `voxel_ijk` if the voxels' positions are known, and `unreadable` [pictures, 2], names and reasons, if some
+    pictures could not be read; these have no row.
+
+    Args:
+        model: Bundle folder of a trained system.
+        out: .npz or .npy file to write.
+        tokens: .npy [stimuli, tokens, width], or .npz with `tokens` and optionally the rows' `tokens_stimulus_id` (or
+            `stimulus_id`), or a folder that `encode-images` wrote.
+        images: Folder of pictures, .txt list of files, .hdf5 file with imgBrick, or TFDS folder.
+        clip: CLIP weights: an open_clip checkpoint, a Hugging Face folder, or ORG/NAME in Hugging Face's hub.
+        k: Samples per stimulus.
+        variability: What the samples vary by; "none" repeats the expected response.
+        noise_factor: Multiplies the latent noise.
+        seed: Of the samples.
+        batch_size: Stimuli per call of the compiled function.
+        nifti: .nii.gz or .nii file to write, too: volumes in the person's own space, where a brain viewer shows them.
+            Along the fourth axis come the samples of the first stimulus, then those of the second, and so on.
+    """
+    if out.suffix not in (".npz", ".npy"):
+        raise InputError(f"--out {out}: expected a name that ends in .npz or .npy")
+    if (tokens is None) == (images is None) or (images is None) != (clip is None):
+        raise InputError("expected either --tokens, or --images and --clip")
+    draw = dict(k=k, variability=variability, noise_factor=noise_factor, batch_size=batch_size)
+    key, unreadable = jax.random.key(seed), {}
+    if images is None:
+        names, given = _read_tokens(tokens)
+        system = _load_system(model, nifti)
+        fmri = system.synthesize(given, key, **draw)
+    else:
+        from synbrain_jax.encoding import synthesize_pictures
+
+        pictures, encoder = options.open(images, clip)
+        system = _load_system(model, nifti, encoder.mesh)
+        result = synthesize_pictures(system, encoder, pictures, key, **draw)
+        unreadable = result.unreadable
+        listed = (
+            f" All will be in the array 'unreadable' of {out}." if out.suffix == ".npz" and len(result.fmri) else ""
+        )
+        _report_unreadable(unreadable, len(pictures), listed)
+        if unreadable and out.suffix == ".npy":
+            raise InputError(
+                f"--out {out}: an .npy cannot say which pictures have no row; give a name that ends in .npz"
+            )
+        names, fmri = np.array(result.stimulus_id), result.fmri
+    if out.suffix == ".npy":
+        write_npy(out, fmri)
+    else:
+        known = {"stimulus_id": names, "voxel_ijk": system.bundle.voxels.ijk}
+        known["unreadable"] = np.array(list(unreadable.items())) if unreadable else None
+        write_npz(out, {"fmri": fmri, **{name: value for name, value in known.items() if value is not None}})
+    if nifti is not None:
+        from synbrain_jax.interop.nifti import save_nifti
+
+        order = f"volume {k} i + j: stimulus i, sample j (from 0)"
+        save_nifti(nifti, fmri.reshape(-1, fmri.shape[-1]), system.bundle.voxels, description=order)
+        print(f"{nifti}: {fmri.shape[0] * k} volumes")
+    print(f"{out}: {fmri.shape[0]} stimuli x {fmri.shape[1]} samples x {fmri.shape[2]} voxels")
+
+
+def _load_system(model: Path, nifti: Path | None, mesh: jax.sharding.Mesh | None = None):
+    """The trained system; InputError if its voxels cannot be written as `nifti`."""
+    system = load_pretrained(model, mesh)
+    if nifti is not None:
+        from synbrain_jax.interop.nifti import check_nifti
+
+        check_nifti(nifti, system.bundle.voxels)
+    return system
+
+
+def _read_tokens(source: Path) -> tuple[np.ndarray | None, Any]:
+    """Names of the stimuli, if known, and tokens; those of a folder are read when they are sliced."""
+    if source.is_dir():
+        from synbrain_jax.data.tokens import open_tokens
+
+        stored = open_tokens(source)
+        return np.array(stored.stimulus_id), stored.tokens
+    given = read_npz(source) if source.suffix == ".npz" else {"tokens": read_array(source)}
+    if "tokens" not in given:
+        raise InputError(f"{source}: no array 'tokens'; it holds {', '.join(given) or 'nothing'}")
+    names = given.get("tokens_stimulus_id", given.get("stimulus_id"))
+    if names is not None and names.shape != given["tokens"].shape[:1]:
+        raise InputError(
+            f"{source}: {len(given['tokens'])} rows of tokens but {names.size} stimulus ids; expected equal"
+        )
+    return names, given["tokens"]
+
+
+def evaluate(model: Path, data: Path, out: Path, split: str = "test", shift_tokens: int = 0) -> None:
+    """Score a trained system beside its baselines on a prepared data set.
+
+    Prints the table, and writes report.json and predictions.npz.
+
+    Args:
+        model: Bundle folder of a trained system.
+        data: Prepared data set folder.
+        out: Folder for the results.
+        split: Split to score; the baselines learn from "train", or as much of it as the model did.
+        shift_tokens: Control: stimulus i gets the tokens of stimulus i + this.
+    """
+    from synbrain_jax.data.pairs import open_dataset
+    from synbrain_jax.evaluation import write_evaluation
+    from synbrain_jax.report import format_table
+
+    system = load_pretrained(model)
+    learned = system.bundle.config.data
+    dataset = open_dataset(data).limited(learned.sessions, learned.stimuli)
+    print(format_table(write_evaluation(system, dataset, out, split, shift_tokens)))
+
+
+def report(workdir: tyro.conf.Positional[Path]) -> None:
+    """Draw the figures and tables of a finished run again.
+
+    Args:
+        workdir: Folder that train.py wrote.
+    """
+    from synbrain_jax.report import write_report
+
+    print(write_report(workdir))
