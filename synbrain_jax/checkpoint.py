@@ -133,6 +133,8 @@ class Checkpoints:
         try:
             state = _read_alone(self._folder / str(step) / "state", target)
             _check_sum(_sum_of_values(state, np), self._note(step))
+        except MemoryError:  # says nothing about the checkpoint
+            raise
         # Orbax and TensorStore raise many kinds, the plain Exception among them.
         except Exception as error:
             return _first_line(error)

@@ -193,7 +193,8 @@ def jit_beside(function: Callable[[PyTree, PyTree], PyTree]) -> Callable[[PyTree
     compiled = functools.cache(lambda mesh: jax.jit(function if mesh is None else on_mesh(function, mesh)))
 
     def call(params: PyTree, batch: PyTree) -> PyTree:
-        mesh = getattr(getattr(jax.tree.leaves(params)[0], "sharding", None), "mesh", None)
+        places = [getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(params)]
+        mesh = next((place.mesh for place in places if isinstance(place, NamedSharding)), None)
 
         def split(rows):
             if mesh is None or len(rows) % batch_parts(mesh):

@@ -274,6 +274,17 @@ def test_where_nothing_can_be_read_nothing_is_removed(three_saved, tmp_path):
     gc.collect()
 
 
+def test_too_little_memory_is_no_damage(three_saved, tmp_path, monkeypatch):
+    def exhausted(*_):
+        raise MemoryError
+
+    shutil.copytree(three_saved, tmp_path / "c")
+    monkeypatch.setattr("synbrain_jax.checkpoint._read_alone", exhausted)
+    with Checkpoints(tmp_path / "c", CONFIG, "min") as checkpoints, pytest.raises(MemoryError):
+        checkpoints.newest(target_of(SAVED))
+    assert kept(tmp_path / "c") == [1, 2, 3]
+
+
 def test_a_best_checkpoint_whose_note_is_damaged_is_missed_aloud(three_saved, tmp_path):
     shutil.copytree(three_saved, tmp_path / "c")
     DAMAGES["note cut short"](tmp_path / "c" / "1")

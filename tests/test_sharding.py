@@ -278,7 +278,8 @@ def test_rows_are_computed_where_the_parameters_are():
         return batch["x"] * params["w"]
 
     mesh, run = make_mesh(2, 2, 2), jit_beside(function)
-    params, x = {"w": jax.device_put(np.float32(3), replicated(mesh))}, np.arange(24, dtype=np.float32).reshape(8, 3)
+    params = {"on the host": np.float32(0), "w": jax.device_put(np.float32(3), replicated(mesh))}
+    x = np.arange(24, dtype=np.float32).reshape(8, 3)
     for rows, split in ((8, True), (6, False), (8, True)):
         out = run(params, {"x": x[:rows]})
         np.testing.assert_array_equal(out, 3 * x[:rows])

@@ -1,6 +1,7 @@
 """The losses, targets, validation and correction of both stages, on a small data set with parameters away from zero."""
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -187,6 +188,25 @@ def test_both_stages_start_from_their_models_and_read_their_settings(tiny_datase
         stages.stage2(one_trial, [tiny_dataset], [splits["validation"]], PARAMS["brain_vae"], [targets]).batches
     )
     assert set(batch) == {"fmri", "tokens"}
+
+
+def test_validation_takes_no_more_samples_at_once_than_a_part_of_a_batch(tiny_dataset, splits, monkeypatch):
+    seen = []
+
+    def jit_beside(function):
+        def call(params, batch):
+            seen.append({len(rows) for rows in jax.tree.leaves(batch)})
+            return jax.jit(function)(params, batch)
+
+        return call
+
+    monkeypatch.setattr(stages, "jit_beside", jit_beside)
+    parts = {name: dataclasses.replace(getattr(CONFIG, name), accumulate=2) for name in ("stage1", "stage2")}
+    config = dataclasses.replace(CONFIG, **parts)
+    given = (config, [tiny_dataset], [splits["validation"]])
+    stages.stage1(*given).validate(PARAMS["brain_vae"])
+    stages.stage2(*given, PARAMS["brain_vae"], [None]).validate(PARAMS["mapper"])
+    assert seen == [{4}] * (18 // 4 + math.ceil(9 / 4))
 
 
 # ---- several subjects ----------------------------------------------------------------------------
