@@ -151,7 +151,9 @@ class Checkpoints:
             args = ocp.args.Composite(state=ocp.args.StandardRestore(target))
             state = self._manager.restore(step, args=args).state
             _check_sum(_jitted_sum(state), note)
-        except Exception as error:
+        except MemoryError:  # says nothing about the checkpoint
+            raise
+        except Exception as error:  # Orbax and TensorStore raise many kinds
             raise InputError(
                 f"{self._folder / str(step)}: this checkpoint cannot be read ({_first_line(error)}). Delete "
                 f"{self._folder.parent} to train this stage again."

@@ -274,12 +274,13 @@ def test_where_nothing_can_be_read_nothing_is_removed(three_saved, tmp_path):
     gc.collect()
 
 
-def test_too_little_memory_is_no_damage(three_saved, tmp_path, monkeypatch):
+@pytest.mark.parametrize("reader", ["_read_alone", "_jitted_sum"])  # what looks at it first, and what restores it
+def test_too_little_memory_is_no_damage(three_saved, tmp_path, monkeypatch, reader):
     def exhausted(*_):
         raise MemoryError
 
     shutil.copytree(three_saved, tmp_path / "c")
-    monkeypatch.setattr("synbrain_jax.checkpoint._read_alone", exhausted)
+    monkeypatch.setattr(f"synbrain_jax.checkpoint.{reader}", exhausted)
     with Checkpoints(tmp_path / "c", CONFIG, "min") as checkpoints, pytest.raises(MemoryError):
         checkpoints.newest(target_of(SAVED))
     assert kept(tmp_path / "c") == [1, 2, 3]

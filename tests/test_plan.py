@@ -105,7 +105,7 @@ def test_an_unknown_machine_is_named_with_what_is_known(topology):
 @pytest.mark.parametrize(("topology", "extra"), [("v5e:2x2", "tpu"), ("h100:2", "cuda12")])
 def test_a_missing_compiler_is_one_line_that_names_the_extra(topology, extra, monkeypatch):
     def missing(**_):
-        raise NotImplementedError("topology not implemented\nand more")
+        raise NotImplementedError("topology not implemented\nand more")  # JAX's, where a plugin is not installed
 
     monkeypatch.setattr(topologies, "get_topology_desc", missing)
     with pytest.raises(InputError, match=rf"pip install -e '\.\[{extra}\]'") as caught:
