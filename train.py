@@ -3,22 +3,23 @@
 Started again with the same workdir, it goes on where it was.
 """
 
+import shlex
 import sys
 import time
 from pathlib import Path
 
 import jax
 
-from synbrain_jax import distributed, stages
-from synbrain_jax.checkpoint import Bundle, check_workdir, claim_workdir, save_bundle
-from synbrain_jax.cli import plain_errors, run_settings
+from synbrain_jax import distributed, run, stages
+from synbrain_jax.checkpoint import check_workdir, claim_workdir
+from synbrain_jax.cli import keep_compiled, plain_errors, run_settings
 from synbrain_jax.data import open_data
 from synbrain_jax.data.pairs import load_trials
 from synbrain_jax.evaluation import write_evaluation
-from synbrain_jax.report import machine, write_report
+from synbrain_jax.report import write_report
+from synbrain_jax.run_files import machine, write_facts
 from synbrain_jax.sharding import make_mesh
-from synbrain_jax.synthesis import SynBrain, load_pretrained
-from synbrain_jax.training import check_batch_sizes, fit
+from synbrain_jax.training import check_batch_sizes
 
 
 def main(arguments: list[str]) -> None:
@@ -40,34 +41,26 @@ def main(arguments: list[str]) -> None:
     validation = [load_trials(dataset, "validation") for dataset in datasets]
     subjects = list(zip(datasets, stages.folders(workdir, datasets), strict=True))
 
-    # --- Stage 1: BrainVAE -------------------------------------------------------------------------------------------
-    brain_vae = fit(stages.stage1(config, datasets, validation), config, mesh, workdir / "stage1")
-
-    # --- Stage 2: the mapper, against the frozen BrainVAE's latents --------------------------------------------------
-    encoded = [stages.encode_stimuli(config, dataset, brain_vae, home / "stage2") for dataset, home in subjects]
-    targets, latent_stds = zip(*encoded, strict=True)
-    stage2 = stages.stage2(config, datasets, validation, brain_vae, targets)
-    mapper = fit(stage2, config, mesh, workdir / "stage2")
+    # --- Stage 1, BrainVAE; stage 2, the mapper; and how far predictions of unseen trials are off --------------------
+    trained = run.train(config, datasets, validation, mesh, workdir)
 
     # --- The rest is the work of one process, on its own devices -----------------------------------------------------
-    params, mesh = distributed.whole({"brain_vae": brain_vae, "mapper": mapper}), mesh.local_mesh
     if not distributed.is_first():
         return
-    for (dataset, home), latent_std, held_out in zip(subjects, latent_stds, validation, strict=True):
-        # --- Bundle: everything that synthesis needs -----------------------------------------------------------------
-        bundle = Bundle.uncorrected(config, params, dataset.voxels, dataset.name, latent_std)
-        if config.calibrate:
-            bundle = stages.corrected(bundle, SynBrain(bundle, mesh), load_trials(dataset, "train"), held_out)
-        save_bundle(home / "bundle", bundle)
+    for number, (dataset, home) in enumerate(subjects):
+        # --- Bundle: everything that synthesis needs, with the distribution of real trials around the prediction -----
+        model = run.export(config, trained, number, dataset, validation[number], mesh.local_mesh, home)
 
         # --- Evaluation, beside baselines and noise ceiling ----------------------------------------------------------
-        model = load_pretrained(home / "bundle", mesh)
-        write_evaluation(model, dataset, home, shift_tokens=config.data.shift_test_tokens)
+        shift = config.data.shift_test_tokens
+        write_evaluation(model, dataset, home, shift_tokens=shift, residuals=run.residuals_of(home))
+        write_facts(home, f"python train.py {shlex.join(arguments)}", time.monotonic() - started, config.seed)
         print(write_report(home))
     reports = " ".join(f"{home}/report.md" for _, home in subjects)
     print(f"{time.monotonic() - started:.0f} s on {machine()}. Tables and figures: {reports}")
 
 
 if __name__ == "__main__":
+    keep_compiled()
     with plain_errors(), distributed.sigterm_stops():
         main(sys.argv[1:])

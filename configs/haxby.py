@@ -11,7 +11,7 @@ before the optimizer's rounding was mended (.218, .243, .250 then), with --stage
 with --stage1.steps 800, seeds 0 and 1: .235, .238.
 """
 
-from synbrain_jax.config import Config, DataConfig, OptimizerConfig, Stage1Config, Stage2Config
+from synbrain_jax.config import Config, DataConfig, OptimizerConfig, Stage1Config, Stage2Config, VariabilityConfig
 from synbrain_jax.models.brain_vae import BrainVAEConfig
 from synbrain_jax.models.semantic_to_neural import MapperConfig
 
@@ -33,5 +33,6 @@ config = Config(
         optimizer=OptimizerConfig(learning_rate=1e-3, schedule="cosine", clip_norm=1.0, ema_decay=0.99),
         eval_every=250,
     ),
+    variability=VariabilityConfig(folds=3),
     log_every=50,
 )

@@ -11,7 +11,7 @@ response .671): without the voxel term in stage 2 and with 1,500 steps it is .55
 of what is lost is lost by BrainVAE, which gives the true responses back with .597.
 """
 
-from synbrain_jax.config import Config, DataConfig, OptimizerConfig, Stage1Config, Stage2Config
+from synbrain_jax.config import Config, DataConfig, OptimizerConfig, Stage1Config, Stage2Config, VariabilityConfig
 from synbrain_jax.models.brain_vae import BrainVAEConfig
 from synbrain_jax.models.semantic_to_neural import MapperConfig
 
@@ -35,5 +35,6 @@ config = Config(
         eval_every=100,
         select="val/voxel_r",
     ),
+    variability=VariabilityConfig(folds=3),
     log_every=50,
 )

@@ -25,6 +25,7 @@ from synbrain_jax.errors import InputError, NotStored
 from synbrain_jax.files import read_npz, read_text, write_npz, write_text
 from synbrain_jax.models.brain_vae import brain_vae_shapes
 from synbrain_jax.models.semantic_to_neural import mapper_shapes
+from synbrain_jax.variability import Spread
 
 _SECONDS_TO_APPEAR = 90  # a network file system may remember for a minute that a file was not there
 
@@ -72,6 +73,11 @@ class Checkpoints:
     def latest(self) -> int | None:
         """Step of the newest checkpoint, whole or not; None if there is none."""
         return max(self._manager.all_steps(), default=None)
+
+    @property
+    def best(self) -> int | None:
+        """Step of the best checkpoint, perhaps still being written; None if none was validated."""
+        return self._best(list(self._values))
 
     def save(self, step: int, state: PyTree, position: dict, value: float | None = None) -> None:
         """Saves the state after `step` steps; `value` is its validation number, if it has one.
@@ -261,7 +267,8 @@ class Bundle:
     """Everything that synthesis needs, in memory.
 
     `latent_std` is the spread of BrainVAE's posterior averaged over the training trials, None if unknown; `offset` and
-    `gain` correct a decoded pattern to `offset + gain * pattern`. Voxels are in the data set's own order.
+    `gain` correct a decoded pattern to `offset + gain * pattern`; `spread` is how real trials vary around that, None if
+    unknown. Voxels are in the data set's own order.
     """
 
     config: Config
@@ -271,6 +278,7 @@ class Bundle:
     latent_std: Float[np.ndarray, "t d"] | None
     offset: Float[np.ndarray, " v"]
     gain: float
+    spread: Spread | None = None
 
     @classmethod
     def uncorrected(
@@ -298,6 +306,8 @@ def save_bundle(path: str | os.PathLike, bundle: Bundle) -> None:
     arrays = {"dataset": bundle.dataset, "latent_std": bundle.latent_std, "offset": bundle.offset, "gain": bundle.gain}
     known = {name: np.asarray(value) for name, value in arrays.items() if value is not None}
     write_npz(unfinished / "synthesis.npz", known)
+    if bundle.spread is not None:
+        bundle.spread.save(unfinished / "spread.npz")
     with _storing(path), _alone(ocp.StandardCheckpointHandler) as checkpointer:
         checkpointer.save(unfinished / "params", args=ocp.args.StandardSave(bundle.params))
     if path.exists():
@@ -340,7 +350,18 @@ def load_bundle(path: str | os.PathLike) -> Bundle:
         latent_std=arrays.get("latent_std"),
         offset=arrays["offset"],
         gain=float(arrays["gain"]),
+        spread=_read_spread(path / "spread.npz", len(voxels.order)),
     )
+
+
+def _read_spread(file: epath.Path, n_voxels: int) -> Spread | None:
+    """None where there is no such file, as in bundles that know no spread."""
+    if not file.exists():
+        return None
+    spread = Spread.load(file)
+    if len(spread.independent) != n_voxels:
+        raise InputError(f"{file}: {len(spread.independent)} voxels, but the bundle has {n_voxels}; export it again")
+    return spread
 
 
 def _read_config(file: epath.Path) -> Config:

@@ -98,6 +98,8 @@ class Stage1Config:
     validation is below this: per voxel, or with loss_scale "sum" its sum over voxels. None: run all steps."""
     select: Literal["val/loss", "val/mse", "val/kl", "val/soft_clip", "last"] = "val/loss"
     """What picks the checkpoint: the smallest of this validation number, or "last"."""
+    patience: int | None = None
+    """Ends the stage after so many validations in a row that are worse than the best; None: run all steps."""
     start_from: str | None = None
     """A `last.pth` of the PyTorch release to go on from, with its weights, optimizer state and step; None: random."""
 
@@ -121,8 +123,22 @@ class Stage2Config:
     select: Literal["val/mse", "val/pattern_r_centred", "val/voxel_r", "last"] = "val/pattern_r_centred"
     """What picks the checkpoint: the smallest mse or the largest correlation after decoding (mse favours predictions
     that are too small), or "last"."""
+    patience: int | None = None
+    """Ends the stage after so many validations in a row that are worse than the best; None: run all steps."""
     start_from: str | None = None
     """A `last.pt` of the PyTorch release, to go on from with its weights, their average, optimizer state and step."""
+
+
+@dataclasses.dataclass(frozen=True)
+class VariabilityConfig:
+    """The distribution of real trials around the prediction, fitted after stage 2; see `variability.py`."""
+
+    folds: int = 1
+    """Which trials say how far predictions are off: 1, those of the validation split; more, all training trials, each
+    predicted by a mapper that has not learnt from it (the mapper is trained so many times more, each time without one
+    of so many parts); 0, none, and samples cannot be calibrated."""
+    ranks: tuple[int, ...] = (0, 1, 2, 5, 10, 20, 40, 80)
+    """Numbers of noise patterns to choose from, by held-out likelihood."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,6 +161,7 @@ class Config:
     mapper: MapperConfig = dataclasses.field(default_factory=MapperConfig.small)
     stage1: Stage1Config = Stage1Config()
     stage2: Stage2Config = Stage2Config()
+    variability: VariabilityConfig = VariabilityConfig()
     mesh: MeshConfig = MeshConfig()
     precision: Literal["auto", "float32", "bfloat16"] | None = None
     """What both models compute in: "auto" is bfloat16 on GPUs and TPUs and float32 on CPUs; None: as brain_vae.dtype
@@ -164,6 +181,7 @@ class Config:
         for name, stage in (("stage1", self.stage1), ("stage2", self.stage2)):
             for field in ("steps", "batch_size", "accumulate", "eval_every"):
                 _check(getattr(stage, field) >= 1, f"{name}.{field}", getattr(stage, field), "at least 1")
+            _check(stage.patience is None or stage.patience >= 1, f"{name}.patience", stage.patience, "at least 1")
             divides = stage.batch_size % stage.accumulate == 0
             _check(
                 divides, f"{name}.accumulate", stage.accumulate, f"a divisor of {name}.batch_size, {stage.batch_size}"
@@ -194,6 +212,9 @@ class Config:
         )
         _check(0 <= self.stage1.average_share <= 1, "stage1.average_share", self.stage1.average_share, "0 to 1")
         _check(self.stage2.voxel_weight >= 0, "stage2.voxel_weight", self.stage2.voxel_weight, "at least 0")
+        ranks = self.variability.ranks
+        _check(self.variability.folds >= 0, "variability.folds", self.variability.folds, "at least 0")
+        _check(len(ranks) > 0 and min(ranks, default=0) >= 0, "variability.ranks", ranks, "one or more, at least 0")
         _check(0 <= self.seed < 2**31, "seed", self.seed, "0 to 2**31 - 1")
         _check(self.log_every >= 1, "log_every", self.log_every, "at least 1")
 
@@ -240,6 +261,43 @@ class Config:
         """One line per field in which two configs differ: "stage1.steps: 400 here, 300 there"."""
         here, there = _flatten(dataclasses.asdict(self)), _flatten(dataclasses.asdict(other))
         return [f"{k}: {here.get(k)!r} here, {there.get(k)!r} there" for k in here if here.get(k) != there.get(k)]
+
+
+@dataclasses.dataclass(frozen=True)
+class AdaptationConfig:
+    """How a trained system is fine-tuned to another brain; what is not said here is as in its training."""
+
+    part: Literal["mlp", "attn", "all", "lora"] = "mlp"
+    """Of the mapper: the MLPs of its blocks, their attention, all parameters, or low-rank changes of the kernels of
+    MLPs and attention."""
+    lora_rank: int = 4
+    """Of these changes."""
+    sessions: int | None = None
+    """Learn from the new person's first so many scan sessions; none: from all."""
+    stimuli: int | None = None
+    """Learn from the training stimuli presented first, so many of them; none: from all."""
+    validation_share: float = 0.1
+    """Of these stimuli, held out for validation; the data set's own validation split is not used."""
+    brain_vae_steps: int | None = None
+    """At most; none: as many as the source was trained."""
+    mapper_steps: int | None = None
+    """At most; none: as many as the source was trained."""
+    brain_vae_rate: float = 0.5
+    """Learning rate, times the source's."""
+    mapper_rate: float = 1.0
+    """Learning rate, times the source's."""
+    eval_every: int | None = None
+    """Steps between validations; none: as the source's."""
+    patience: int | None = 3
+    """Ends a stage after so many validations in a row that are worse than the best; none: run all steps."""
+    seed: int = 0
+
+    def __post_init__(self):
+        for field in ("lora_rank", "brain_vae_steps", "mapper_steps", "eval_every", "patience"):
+            value = getattr(self, field)
+            _check(value is None or value >= 1, field, value, "at least 1")
+        for field in ("brain_vae_rate", "mapper_rate"):
+            _check(getattr(self, field) > 0, field, getattr(self, field), "above 0")
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

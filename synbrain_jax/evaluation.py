@@ -20,13 +20,14 @@ import numpy as np
 from etils import epath
 from jaxtyping import Array, Bool, Float, Int
 
-from synbrain_jax import metrics
+from synbrain_jax import calibration, metrics
 from synbrain_jax.baselines import baseline_predictions
 from synbrain_jax.data.pairs import Dataset, Trials, load_trials
 from synbrain_jax.data.voxels import Voxels
 from synbrain_jax.errors import InputError
 from synbrain_jax.files import write_npz, write_text
 from synbrain_jax.synthesis import SynBrain
+from synbrain_jax.variability import Spread
 
 CEILING_DRAWS = 100
 MIN_CEILING_R = 0.3  # of a voxel, to be scored as a share of it: below, the division mostly magnifies noise
@@ -49,8 +50,9 @@ class Evaluation:
       also "rois" {name: {"n_voxels", "rows": {row: `voxel_scores`}}} and "rois_left_out" {name: number of voxels},
       those with fewer than MIN_ROI_VOXELS.
     arrays: for figures and re-analysis, float32 unless said: stimulus_id [s] (text), prediction and target [s v],
-      voxel_r [v] of the model, voxel_r_ceiling [v] where stimuli repeat, and prediction_NAME [s v] of every other row
-      but the ceiling.
+      voxel_r [v] of the model, voxel_r_ceiling [v] where stimuli repeat, prediction_NAME [s v] of every other row
+      but the ceiling, and the `trial_scores` of all these rows, trial_scores_NAME [n 3], with stimulus_of_trial [n]
+      (int).
     """
 
     report: dict[str, Any]
@@ -98,6 +100,8 @@ def evaluate(
         "target": target,
         "voxel_r": voxel_r["model"],
         **{f"prediction_{name}": prediction for name, prediction in rows.items() if name != "model"},
+        "stimulus_of_trial": test.stimulus,
+        **{f"trial_scores_{name}": trial_scores(prediction, test) for name, prediction in rows.items()},
     }
     report = {
         "dataset": dataset,
@@ -205,6 +209,13 @@ def _scores(
     )
 
 
+def trial_scores(prediction: Float[np.ndarray, "s v"], trials: Trials) -> Float[np.ndarray, "n 3"]:
+    """MSE, pattern r and cosine of a prediction per stimulus against each single trial."""
+    of_trial = prediction[trials.stimulus]
+    scores = (metrics.mse, metrics.pattern_pearson, metrics.cosine)
+    return np.stack([np.asarray(score(of_trial, trials.fmri)) for score in scores], axis=1)
+
+
 def stimulus_targets(trials: Trials) -> Float[np.ndarray, "s v"]:
     """The measured response to each stimulus: the mean over runs of its mean pattern in each run, float32.
 
@@ -249,16 +260,25 @@ def predict_shifted(
 
 
 def write_evaluation(
-    model: SynBrain, dataset: Dataset, folder: str | os.PathLike, split: str = "test", shift_tokens: int = 0
+    model: SynBrain,
+    dataset: Dataset,
+    folder: str | os.PathLike,
+    split: str = "test",
+    shift_tokens: int = 0,
+    residuals: Float[np.ndarray, "m v"] | None = None,
+    noise: Spread | None = None,
 ) -> dict[str, Any]:
     """Evaluates a trained system on a split of a data set; writes report.json and predictions.npz into `folder`.
 
     Beside the arrays of `Evaluation`, predictions.npz holds, for at most SAMPLED_STIMULI stimuli evenly spaced over the
-    split, sampled_id [m] (text), their trials [n v] with trial_stimulus [n], and samples [m k v], drawn with the spread
-    of BrainVAE's posterior if the bundle knows it.
+    split, sampled_id [m] (text), their trials [n v] with trial_stimulus [n], and samples [m k v], calibrated if the
+    bundle has a spread, else drawn with that of BrainVAE's posterior if it knows it.
 
     Args:
         shift_tokens: as a control, the model is given the tokens of stimulus i + shift_tokens for stimulus i.
+        residuals: of the trials to which the bundle's spread was fitted; then its samples are scored against trials,
+          beside what they must beat: "calibration" in the report, a `calibration.Calibration`.
+        noise: the true distribution of the trials' noise, where it is known.
 
     Returns:
         The report.
@@ -273,8 +293,9 @@ def write_evaluation(
             f"{len(known.order)} of {known.subject}; give the data set that it was trained on"
         )
     train, validation, test = (load_trials(dataset, name) for name in ("train", "validation", split))
+    prediction = predict_shifted(model.predict, test.tokens, shift_tokens)
     evaluation = evaluate(
-        predict_shifted(model.predict, test.tokens, shift_tokens),
+        prediction,
         train=train,
         validation=validation,
         test=test,
@@ -284,16 +305,32 @@ def write_evaluation(
     )
     controls = {"shifted_tokens_pattern_r_centred": shifted_tokens_control(model.predict, test)}
     report = {**evaluation.report, "subject": dataset.voxels.subject, "gain": model.bundle.gain, "controls": controls}
+    if residuals is not None and model.bundle.spread is not None:
+        report["calibration"] = _calibration(model, prediction, test, residuals, noise)
     stimuli = np.unique(np.linspace(0, len(test.stimulus_id) - 1, SAMPLED_STIMULI).round().astype(int))
     own = np.isin(test.stimulus, stimuli)
     arrays = {"sampled_id": evaluation.arrays["stimulus_id"][stimuli], "trials": test.fmri[own]}
     arrays["trial_stimulus"] = np.searchsorted(stimuli, test.stimulus[own]).astype(np.int32)
-    if model.bundle.latent_std is not None:
+    if model.bundle.spread is not None or model.bundle.latent_std is not None:
         tokens = test.tokens[(stimuli + shift_tokens) % len(test.stimulus_id)]
-        arrays["samples"] = model.synthesize(tokens, jax.random.key(0), k=SAMPLES, variability="posterior")
+        variability = "posterior" if model.bundle.spread is None else "calibrated"
+        arrays["samples"] = model.synthesize(tokens, jax.random.key(0), k=SAMPLES, variability=variability)
     write_npz(epath.Path(folder) / "predictions.npz", {**evaluation.arrays, **arrays})
     write_text(epath.Path(folder) / "report.json", json.dumps(report, indent=2) + "\n")
     return report
+
+
+def _calibration(
+    model: SynBrain,
+    prediction: Float[np.ndarray, "s v"],
+    test: Trials,
+    residuals: Float[np.ndarray, "m v"],
+    noise: Spread | None,
+) -> dict[str, Any]:
+    rows_key, scores_key = jax.random.split(jax.random.key(1))
+    rows, left_out = calibration.standard_rows(model, test.tokens, residuals, rows_key)
+    scored = calibration.scores(prediction, test, rows, scores_key, truth=noise)
+    return {**dataclasses.asdict(scored), "left_out": left_out, "nll_of_ranks": model.bundle.spread.nll}
 
 
 # ---- noise ceiling ---------------------------------------------------------------------------------

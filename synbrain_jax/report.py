@@ -1,50 +1,30 @@
-"""Tables and figures of one finished run, made from the files in its folder and nothing else.
+"""Tables, figures and pages of finished runs and studies, made from the files in their folders and nothing else.
 
-`format_table` and `markdown_table` print the scores of `report.json`; `write_figures` draws the run;
-`write_report` does both. Shape letters: s stimuli, v voxels, n trials, k samples per stimulus.
+`format_table` and `markdown_table` print the scores of `report.json`; `write_figures` draws a run; `write_report` does
+both and makes a page of it; `write_page` makes one of several runs and studies.
 """
 
-import dataclasses
 import io
 import json
 import math
 import os
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import jax
-import numpy as np
 from etils import epath
+from matplotlib.figure import Figure
 
 from synbrain_jax import brain_figures, figures, files, metrics
 from synbrain_jax.data.voxels import Voxels
-from synbrain_jax.errors import InputError
+from synbrain_jax.document import FILE as DOCUMENT
+from synbrain_jax.document import cell_text, load, read_figures
+from synbrain_jax.page import html, markdown
+from synbrain_jax.run_document import MAIN_COLUMNS, NAMES, SHARE_COLUMNS, TRIAL_COLUMNS, group_runs, run_document
+from synbrain_jax.run_files import Run, read_run
 
-NAMES = ("model", "stimulus_mean", "ridge", "kernel_ridge", "mean_pattern", "noise_ceiling")
-# (metric in report.json, upper and lower line of its column heading)
-MAIN_COLUMNS = (
-    ("voxel_r_mean", "voxel r", "mean"),
-    ("voxel_r_median", "voxel r", "median"),
-    ("pattern_r", "pattern r", "raw"),
-    ("pattern_r_centred", "pattern r", "centred"),
-    ("mse", "MSE", ""),
-    ("cosine", "cosine", ""),
-    ("explained_variance", "explained", "variance"),
-    ("identification_top1", "identify", "top-1"),
-    ("identification_two_way", "identify", "two-way"),
-)
-TRIAL_COLUMNS = (
-    ("trial_mse", "MSE", ""),
-    ("trial_pattern_r", "pattern r", "raw"),
-    ("trial_cosine", "cosine", ""),
-)
+PAGE = "report.html"
 TRIAL_HEADING = "Against single trials, the columns of the SynBrain paper:"
-SHARE_COLUMNS = (
-    ("voxel_r_normalised_median", "r/ceiling", "median"),
-    ("voxel_r2_normalised_mean", "r²/ceil.²", "mean"),
-)
-
-STAGES = {"stage1": "Stage 1, BrainVAE", "stage2": "Stage 2, semantic-to-neural mapper"}
 
 
 # ---- tables ----------------------------------------------------------------------------------------
@@ -69,7 +49,7 @@ def _render(report: dict[str, Any], block: Callable[[list[list[str]], list[list[
 
     def table(columns: Sequence[tuple[str, str, str]]) -> list[str]:
         heads = [["", *(column[line] for column in columns)] for line in (1, 2)]
-        rows = [[name, *(_cell(_number(report, name, metric)) for metric, _, _ in columns)] for name in names]
+        rows = [[name, *(cell_text(_number(report, name, metric)) for metric, _, _ in columns)] for name in names]
         return block(heads, rows)
 
     chance = 1 / report["n_stimuli"]
@@ -102,8 +82,8 @@ def _regions(report: dict[str, Any], block: Callable[[list[list[str]], list[list
     heads = [["", "voxels", *upper, "model"], ["", "", *lower, "r/ceiling"]]
     rows = []
     for region, content in report["rois"].items():
-        medians = [_cell(content["rows"].get(name, {}).get("voxel_r_median")) for name in names]
-        share = _cell(content["rows"]["model"].get("voxel_r_normalised_median"))
+        medians = [cell_text(content["rows"].get(name, {}).get("voxel_r_median")) for name in names]
+        share = cell_text(content["rows"]["model"].get("voxel_r_normalised_median"))
         rows.append([region, f"{content['n_voxels']:,}", *medians, share])
     paragraphs = []
     if rows:
@@ -123,14 +103,6 @@ def _headline(report: dict[str, Any]) -> str:
 def _number(report: dict[str, Any], name: str, metric: str) -> float | None:
     value = report["scores"].get(name, {}).get(metric)
     return float(value) if value is not None and math.isfinite(value) else None
-
-
-def _cell(value: Any) -> str:
-    if value is None or (isinstance(value, float) and not math.isfinite(value)):
-        return "-"
-    if not isinstance(value, int | float):
-        return str(value)
-    return f"{value:z.3f}" if abs(value) < 1e4 else f"{value:.2e}"
 
 
 def _text_block(heads: list[list[str]], rows: list[list[str]]) -> list[str]:
@@ -154,102 +126,10 @@ def _closing(report: dict[str, Any]) -> list[str]:
         ratios.append(f"{own / other:.2f} to {name}" if defined else f"- to {name}")
     lines = [f"Ratio of the model's centred pattern r: {', '.join(ratios)}."]
     for name, value in report.get("controls", {}).items():
-        lines.append(f"Control {name}: {_cell(value)}")
+        lines.append(f"Control {name}: {cell_text(value)}")
     if report.get("gain") == 0:
         lines.append("The gain fitted on validation is 0: the model predicts no difference between stimuli.")
     return lines
-
-
-# ---- reading the run -------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class _Run:
-    report: dict[str, Any]
-    arrays: dict[str, np.ndarray]
-    voxels: Voxels
-    stages: dict[str, figures.Curves]
-
-
-def _read_run(workdir: epath.Path) -> _Run:
-    report = _read_json(workdir / "report.json", workdir)
-    missing = {"dataset", "split", "n_stimuli", "n_trials", "n_voxels", "scores"} - report.keys()
-    if missing:
-        raise InputError(
-            f"{workdir / 'report.json'}: no field {', '.join(sorted(missing))}; run `synbrain evaluate` again"
-        )
-    arrays = _read_arrays(_need(workdir / "predictions.npz", workdir))
-    # Where several subjects were trained together, the folder of one is within the run's.
-    trained = next((folder for folder in (workdir, workdir.parent) if (folder / "stage1").exists()), workdir)
-    return _Run(
-        report=report,
-        arrays=arrays,
-        voxels=_read_voxels(workdir, arrays["voxel_r"].size),
-        stages={title: read_curves(trained, stage) for stage, title in STAGES.items()},
-    )
-
-
-def _need(path: epath.Path, workdir: epath.Path) -> epath.Path:
-    if not workdir.exists():
-        raise InputError(f"{workdir}: no such folder; give the --workdir of a finished run")
-    command = f"python train.py CONFIG --workdir {workdir}"
-    if path.name in ("report.json", "predictions.npz"):
-        command = f"synbrain evaluate --model {workdir / 'bundle'} --data DATA --out {workdir}"
-    if not path.exists():
-        raise InputError(f"{path}: no such file; `{command}` makes it")
-    return path
-
-
-def _read_json(path: epath.Path, workdir: epath.Path) -> dict[str, Any]:
-    try:
-        return json.loads(files.read_text(_need(path, workdir)))
-    except json.JSONDecodeError as error:
-        raise InputError(f"{path}: not JSON ({error}); remove it and run its command again") from None
-
-
-def _read_arrays(path: epath.Path) -> dict[str, np.ndarray]:
-    arrays = files.read_npz(path)
-    needed = {"stimulus_id", "prediction", "target", "voxel_r", "sampled_id", "samples", "trials", "trial_stimulus"}
-    if needed - arrays.keys():
-        missing = ", ".join(sorted(needed - arrays.keys()))
-        raise InputError(f"{path}: no array {missing}; run `synbrain evaluate` again")
-    return arrays
-
-
-def _read_voxels(workdir: epath.Path, n_voxels: int) -> Voxels:
-    path = _need(workdir / "bundle" / "voxels.npz", workdir)
-    voxels = Voxels.load(path)
-    if voxels.order.size != n_voxels:
-        raise InputError(
-            f"{path}: {voxels.order.size} voxels, but predictions.npz has {n_voxels}; they are from different runs: "
-            "run `synbrain evaluate` again"
-        )
-    return voxels
-
-
-def read_curves(workdir: str | os.PathLike, stage: str) -> figures.Curves:
-    """What `workdir/stage/metrics.jsonl` logged and the checkpoint that `selected.json` names.
-
-    Where a run was killed and resumed, the last value of a step counts and a line cut short is skipped.
-    Raises InputError where a file is missing or says nothing.
-    """
-    workdir = epath.Path(workdir)
-    path = _need(workdir / stage / "metrics.jsonl", workdir)
-    selected = _read_json(workdir / stage / "selected.json", workdir)
-    if not {"step", "metric"} <= selected.keys():
-        raise InputError(f"{path.parent / 'selected.json'}: no field step or metric; train this stage again")
-    curves: dict[str, dict[int, float]] = {}
-    for line in files.read_text(path).splitlines():
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        for key, value in row.items():
-            if key.startswith(("train/", "val/")) and value is not None and math.isfinite(value):
-                curves.setdefault(key, {})[row["step"]] = value
-    if not curves:
-        raise InputError(f"{path}: no line has a train/ or val/ value; train this stage again")
-    return figures.Curves(curves, chosen_step=selected["step"], chosen_by=selected["metric"])
 
 
 # ---- the report --------------------------------------------------------------------------------------
@@ -261,25 +141,75 @@ def write_figures(workdir: str | os.PathLike) -> list[epath.Path]:
     No regions where the data set names none; no slices where the voxels lie in one slice or their places are unknown.
     All inputs are read before the first file is written. Raises InputError where one is missing.
     """
-    workdir = epath.Path(workdir)
-    return _draw(_read_run(workdir), workdir / "figures")
+    return _write_pictures(_drawn(read_run(workdir)), epath.Path(workdir) / "figures")
 
 
 def write_report(workdir: str | os.PathLike) -> str:
-    """Writes report.txt, report.md and the figures into `workdir`, and the scores and a model card into its bundle.
+    """Writes report.html, report.txt, report.md and the figures of a run, and scores and a model card into its bundle.
 
     Returns the text table. Raises InputError where an input is missing or incomplete; nothing is written then.
     """
     workdir = epath.Path(workdir)
-    run = _read_run(workdir)
-    text, markdown = format_table(run.report), markdown_table(run.report)
-    paths = _draw(run, workdir / "figures")
+    run = read_run(workdir)
+    text, pictures = format_table(run.report), _drawn(run)
+    page = html([run_document([run], tuple(pictures))], [pictures])
+    paths = _write_pictures(pictures, workdir / "figures")
     links = "".join(f"\n![{path.stem.replace('_', ' ')}](figures/{path.name})\n" for path in paths)
     files.write_text(workdir / "report.txt", text)
-    files.write_text(workdir / "report.md", markdown + links)
+    files.write_text(workdir / "report.md", markdown_table(run.report) + links)
+    files.write_text(workdir / PAGE, page)
     files.write_text(workdir / "bundle" / "report.json", json.dumps(run.report, indent=2) + "\n")
     files.write_text(workdir / "bundle" / "README.md", model_card(run.report, run.voxels))
     return text
+
+
+def write_study(folder: str | os.PathLike) -> str:
+    """Writes report.html and report.md of the study whose document is in `folder`; returns the latter."""
+    folder = epath.Path(folder)
+    document = load(folder)
+    page, text = html([document], [read_figures(document, folder)]), markdown([document])
+    files.write_text(folder / PAGE, page)
+    files.write_text(folder / "report.md", text)
+    return text
+
+
+def write_page(folders: Sequence[str | os.PathLike], out: str | os.PathLike) -> epath.Path:
+    """Writes `out`/report.html, report.md and figures/ of several studies and training runs; returns the page's path.
+
+    Studies come first. Runs that differ by their seed alone stand in one table. Raises InputError where an input is
+    missing or incomplete, or a seed is given twice; nothing is written then.
+    """
+    out = epath.Path(out)
+    found = [part for folder in folders for part in run_folders(folder)]
+    entries = [(document := load(at), read_figures(document, at)) for at in found if is_study(at)]
+    for group in group_runs([read_run(at) for at in found if not is_study(at)]):
+        pictures = _drawn(group[0])
+        entries.append((run_document(group, tuple(pictures)), pictures))
+    documents, pictures = zip(*entries, strict=True)
+    places = [f"figures/{number}-{_slug(document.title)}/" for number, document in enumerate(documents, start=1)]
+    page, text = html(documents, pictures), markdown(documents, places)
+    for place, drawn in zip(places, pictures, strict=True):
+        _write_pictures(drawn, out / place)
+    files.write_text(out / "report.md", text)
+    files.write_text(out / PAGE, page)
+    return out / PAGE
+
+
+def is_study(folder: str | os.PathLike) -> bool:
+    """Whether a study, rather than a training run, left its results there."""
+    return (epath.Path(folder) / DOCUMENT).exists()
+
+
+def run_folders(folder: str | os.PathLike) -> list[epath.Path]:
+    """The folder itself, or those of the subjects that were trained together in it."""
+    folder = epath.Path(folder)
+    if folder.exists() and not is_study(folder) and not (folder / "report.json").exists():
+        return sorted(path.parent for path in folder.glob("*/report.json")) or [folder]
+    return [folder]
+
+
+def _slug(title: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", title.lower())[:40].strip("-")
 
 
 def model_card(report: dict[str, Any], voxels: Voxels) -> str:
@@ -300,13 +230,8 @@ fmri = model.predict(tokens)  # [stimuli, voxels]
 {markdown_table(report)}"""
 
 
-def machine() -> str:
-    """What this program runs on, in words: "1 x cpu (2 cores), jax 0.10.2"."""
-    device = jax.devices()[0].device_kind
-    return f"{jax.device_count()} x {device} ({os.cpu_count()} cores), jax {jax.__version__}"
-
-
-def _draw(run: _Run, folder: epath.Path) -> list[epath.Path]:
+def _drawn(run: Run) -> dict[str, bytes]:
+    """The figures of a run as PNG, by name."""
     arrays, voxels = run.arrays, run.voxels
     stimuli, ceiling = arrays["stimulus_id"], arrays.get("voxel_r_ceiling")
     target, prediction = metrics.centred(arrays["target"]), metrics.centred(arrays["prediction"])
@@ -323,8 +248,16 @@ def _draw(run: _Run, folder: epath.Path) -> list[epath.Path]:
         drawn["regions"] = brain_figures.regions(run.report["rois"], title)
     if brain_figures.is_volume(voxels):
         drawn["slices"] = brain_figures.slices(stimuli, target, prediction, arrays["voxel_r"], ceiling, voxels, title)
-    for name, figure in drawn.items():
-        png = io.BytesIO()
-        figure.savefig(png, format="png", dpi=figures.DPI)
-        files.write_bytes(folder / f"{name}.png", png.getvalue())
-    return [folder / f"{name}.png" for name in drawn]
+    return {name: _png(figure) for name, figure in drawn.items()}
+
+
+def _png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=figures.DPI)
+    return buffer.getvalue()
+
+
+def _write_pictures(pictures: Mapping[str, bytes], folder: epath.Path) -> list[epath.Path]:
+    for name, png in pictures.items():
+        files.write_bytes(folder / f"{name}.png", png)
+    return [folder / f"{name}.png" for name in pictures]

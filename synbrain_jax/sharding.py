@@ -19,7 +19,7 @@ import jax
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Float, Int, PyTree
 
 from synbrain_jax.errors import InputError
 
@@ -50,7 +50,7 @@ RULES: tuple[tuple[str, P], ...] = (
     (r"modulation/linear/kernel$", P("fsdp", "tensor")),
     (r"time/dense_\d/kernel$", P("fsdp", "tensor")),
     (r"final/kernel$", P("fsdp", "tensor")),
-    (r"(scale|bias|pos_embed|class_embedding)$", P()),
+    (r"(scale|bias|pos_embed|class_embedding|lora_[ab])$", P()),
 )
 
 
@@ -84,6 +84,35 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 def batch_parts(mesh: Mesh | AbstractMesh) -> int:
     """Into how many parts a batch is split."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def process_share(mesh: Mesh) -> tuple[int, int]:
+    """Which part of every batch this process reads, and of how many; `part_of_batch` of the mesh.
+
+    On a mesh of devices that are not here, what its first process reads.
+    """
+    processes = np.vectorize(lambda device: device.process_index)(mesh.devices)
+    here = jax.process_index()
+    return part_of_batch(processes, here if here in processes else int(processes.flat[0]))
+
+
+def part_of_batch(processes: Int[np.ndarray, "data fsdp tensor"], process: int) -> tuple[int, int]:
+    """Which part of every batch a process reads, and of how many, given whose the devices of a mesh are.
+
+    Processes over which `tensor` is split read the same part. Raises InputError if a process's devices are not a block
+    of the mesh.
+    """
+    _, fsdp, tensor = processes.shape
+    own, one_row = int(np.sum(processes == process)), fsdp * tensor
+    if processes.size > own and tensor % own and (own % tensor or (own % one_row and one_row % own)):
+        sizes = ", ".join(f"mesh.{axis} {size}" for axis, size in zip(AXES, processes.shape, strict=True))
+        raise InputError(
+            f"{sizes}, over processes of {own} devices: expected mesh.tensor, and mesh.fsdp x mesh.tensor, each to "
+            f"divide {own} or to be a multiple of it"
+        )
+    samples = max(1, own // tensor)  # parts of the batch that it holds
+    first = int(np.flatnonzero(processes == process)[0])
+    return first // tensor // samples, processes.size // tensor // samples
 
 
 def shard_batch(batch: PyTree, mesh: Mesh) -> PyTree:

@@ -28,7 +28,7 @@ from synbrain_jax.files import read_npz, write_npz
 from synbrain_jax.interop.torch_training import check_start, training_state
 from synbrain_jax.models.brain_vae import BrainVAE, brain_vae_shapes
 from synbrain_jax.models.semantic_to_neural import SemanticToNeural, mapper_shapes
-from synbrain_jax.sharding import jit_beside, split_features
+from synbrain_jax.sharding import jit_beside, make_mesh, process_share, split_features
 from synbrain_jax.synthesis import SynBrain, model_order
 from synbrain_jax.training import LossFunction, Stage, TrainState
 
@@ -60,8 +60,7 @@ def stage1(config: Config, datasets: Sequence[Dataset], validation: Sequence[Tri
             seed=config.seed,
             average_share=settings.average_share,
             orders=orders,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
+            **_share(config),
         ),
         validate=_over_subjects(
             datasets,
@@ -101,8 +100,7 @@ def stage2(
             unit="stimulus" if by_stimulus else "trial",
             targets=targets if by_stimulus else None,
             orders=orders,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
+            **_share(config),
         ),
         validate=_over_subjects(
             datasets,
@@ -113,6 +111,12 @@ def stage2(
         ),
         start=_start(settings.start_from),
     )
+
+
+def _share(config: Config) -> dict[str, int]:
+    """Which part of each batch this process reads."""
+    index, count = process_share(make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor))
+    return dict(process_index=index, process_count=count)
 
 
 def _orders(config: Config, datasets: Sequence[Dataset]) -> list[Int[np.ndarray, "_"]]:

@@ -6,7 +6,7 @@ Shape letters: s stimuli, b batch, t tokens, d token width, k samples, v voxels.
 import functools
 import os
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -20,8 +20,12 @@ from synbrain_jax.errors import InputError
 from synbrain_jax.models.brain_vae import BrainVAE
 from synbrain_jax.models.semantic_to_neural import SemanticToNeural
 from synbrain_jax.sharding import batch_parts, batch_sharding, make_mesh, on_mesh, replicated
+from synbrain_jax.variability import deviations
 
-Variability = Literal["none", "posterior", "latent_noise"]
+Variability = Literal["none", "calibrated", "posterior", "latent_noise"]
+
+# Standard deviations of the latent [t d]; or of the voxels, the `Spread`'s factor [v r] and independent variance [v].
+Noise = Array | np.ndarray | tuple[Array | np.ndarray, Array | np.ndarray]
 
 
 class SynBrain:
@@ -57,17 +61,19 @@ class SynBrain:
             key: needed unless `variability` is "none". Sample j of stimulus i depends on the key, i and j only: not on
                 k, nor on how stimuli are batched.
             k: samples per stimulus.
-            variability: "none", the expected response, k times; "posterior", the latent drawn with the spread of
-                BrainVAE's posterior averaged over training trials; "latent_noise", the latent plus standard normal
-                noise (SynBrain, section 3.4). Both are the model's spread and not that of real trials: see the report.
-            noise_factor: multiplies the latent noise.
+            variability: "none", the expected response, k times; "calibrated", the expected response plus noise of the
+                covariance that real trials have around it (the bundle's `Spread`); "posterior", the latent drawn with
+                the spread of BrainVAE's posterior averaged over training trials; "latent_noise", the latent plus
+                standard normal noise (SynBrain, section 3.4). The last two are the model's spread and not that of real
+                trials, which is many times larger.
+            noise_factor: multiplies the noise; what is calibrated is so at 1.
             batch_size: stimuli per call of the compiled function, rounded up to a multiple of the devices. Every batch
                 is padded to it, so that one program serves any number of stimuli.
             first: number of the first stimulus, for those who hand over many stimuli in parts.
 
         Raises:
-            InputError: tokens of another shape than the model's, or values that are not finite; no key; "posterior" for
-                a bundle without that spread.
+            InputError: tokens of another shape than the model's, or values that are not finite; no key; "posterior"
+                or "calibrated" for a bundle without that spread.
         """
         on_device = isinstance(tokens, jax.Array)
         xp = jnp if on_device else np
@@ -79,8 +85,8 @@ class SynBrain:
         # What was stored was finite.
         if not isinstance(tokens, StoredTokens) and (bad := int(xp.count_nonzero(~xp.isfinite(tokens)))):
             raise InputError(f"tokens hold {bad} values that are NaN or infinite")
-        if variability not in ("none", "posterior", "latent_noise"):
-            raise InputError(f"variability is {variability!r}; expected 'none', 'posterior' or 'latent_noise'")
+        if variability not in get_args(Variability):
+            raise InputError(f"variability is {variability!r}; expected one of {', '.join(get_args(Variability))}")
         if variability != "none" and key is None:
             raise InputError(f"variability {variability!r} draws random numbers: give a key, e.g. jax.random.key(0)")
         if variability == "posterior" and self.bundle.latent_std is None:
@@ -88,11 +94,15 @@ class SynBrain:
                 "this bundle does not know the spread of BrainVAE's posterior over its training trials (it was made "
                 "from the release's weights); use 'latent_noise' or 'none'"
             )
+        if variability == "calibrated" and self.bundle.spread is None:
+            raise InputError(
+                "this bundle does not know how real trials vary around its predictions: train it again with this "
+                "version, or use 'posterior', 'latent_noise' or 'none'"
+            )
         if k < 1 or batch_size < 1:
             raise InputError(f"k is {k} and batch_size {batch_size}; both must be at least 1")
 
-        std = {"none": 0.0, "posterior": self.bundle.latent_std, "latent_noise": 1.0}[variability]
-        std = np.broadcast_to(np.float32(noise_factor) * np.asarray(std, np.float32), self.token_shape)
+        noise = jax.device_put(self._noise(variability, np.float32(noise_factor)), replicated(self.mesh))
         parts = batch_parts(self.mesh)
         rows = -(-batch_size // parts) * parts
         key = jax.random.key(0) if key is None else key
@@ -102,9 +112,16 @@ class SynBrain:
             padded = xp.pad(part, ((0, rows - len(part)), (0, 0), (0, 0)))
             index = np.arange(first + start, first + start + rows, dtype=np.int32)
             index, padded = jax.device_put((index, padded), batch_sharding(self.mesh))
-            voxels = self._decode(self._params, padded, index, key, std, k=k, varied=variability != "none")
+            voxels = self._decode(self._params, padded, index, key, noise, k=k, varied=variability != "none")
             out[start : start + len(part)] = np.asarray(voxels)[: len(part)]
         return out
+
+    def _noise(self, variability: Variability, times: np.float32) -> Noise:
+        if variability == "calibrated":
+            spread = self.bundle.spread
+            return times * spread.factor, times**2 * spread.independent
+        std = {"none": 0.0, "posterior": self.bundle.latent_std, "latent_noise": 1.0}[variability]
+        return np.broadcast_to(times * np.asarray(std, np.float32), self.token_shape)
 
     def predict(
         self, tokens: Float[np.ndarray, "s t d"] | Float[Array, "s t d"] | StoredTokens, batch_size: int = 32
@@ -114,7 +131,7 @@ class SynBrain:
 
 
 def jit_decoder(bundle: Bundle, mesh: Mesh) -> Callable[..., Float[Array, "b k v"]]:
-    """The compiled function over `mesh`: of parameters, tokens, stimulus numbers, key and spread; k and varied fixed.
+    """The compiled function over `mesh`: of parameters, tokens, stimulus numbers, key and noise; k and varied fixed.
 
     Of the bundle's parameters nothing is used.
     """
@@ -136,7 +153,7 @@ def _decode_batch(
     tokens: Float[Array, "b t d"],
     index: Int[Array, " b"],
     key: PRNGKeyArray,
-    std: Float[Array, "t d"],
+    noise: Noise,
     *,
     k: int,
     varied: bool,
@@ -158,9 +175,11 @@ def _decode_batch(
 
     def sample(j):
         keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.fold_in(key, i), j))(index)
-        noise = jax.vmap(lambda one: jax.random.normal(one, std.shape))(keys)
+        if isinstance(noise, tuple):
+            return expected + jax.vmap(functools.partial(deviations, *noise))(keys)
+        normal = jax.vmap(lambda one: jax.random.normal(one, noise.shape))(keys)
         # The gain corrects the expected response; deviations from it are the decoder's own.
-        return expected + decode(mean + std[None] * noise) - decoded
+        return expected + decode(mean + noise[None] * normal) - decoded
 
     return jax.lax.map(sample, jnp.arange(k)).swapaxes(0, 1)
 

@@ -29,6 +29,7 @@ from synbrain_jax.sharding import (
     batch_sharding,
     on_mesh,
     param_sharding,
+    process_share,
     replicated,
     shard_batch,
     state_sharding,
@@ -275,7 +276,7 @@ def _kernels_as(dtype: str, params: PyTree) -> PyTree:
 def check_batch_sizes(config: Config, mesh: Mesh) -> None:
     """Raises InputError if a stage's batch cannot be split over the mesh, or the mesh over the processes."""
     parts = batch_parts(mesh)
-    _check_process_share(mesh, jax.local_device_count())
+    process_share(mesh)
     for name, stage in (("stage1", config.stage1), ("stage2", config.stage2)):
         size, accumulate = stage.batch_size, stage.accumulate
         if size % (parts * accumulate):
@@ -284,17 +285,6 @@ def check_batch_sizes(config: Config, mesh: Mesh) -> None:
                 f"{name}.batch_size is {size}; it must be a multiple of {parts}, the number of parts into which this "
                 f"mesh splits a batch (mesh.data x mesh.fsdp){times}"
             )
-
-
-def _check_process_share(mesh: Mesh, own: int) -> None:
-    """Raises InputError if the `own` devices of a process are not a block of the mesh that has whole samples."""
-    one_row = mesh.shape["fsdp"] * mesh.shape["tensor"]
-    if mesh.size > own and (own % mesh.shape["tensor"] or (own % one_row and one_row % own)):
-        sizes = ", ".join(f"mesh.{axis} {size}" for axis, size in mesh.shape.items())
-        raise InputError(
-            f"{sizes}, over processes of {own} devices: expected mesh.tensor to divide {own}, and mesh.fsdp x "
-            f"mesh.tensor to divide {own} or to be a multiple of it"
-        )
 
 
 def fit(stage: Stage, config: Config, mesh: Mesh, folder: str | os.PathLike) -> PyTree:
@@ -335,6 +325,8 @@ def fit(stage: Stage, config: Config, mesh: Mesh, folder: str | os.PathLike) -> 
                 progress.log(start, "val", numbers)
                 checkpoints.save(start, state, _position(stage), _selection_value(numbers, stage, start))
             for step in range(start + 1, settings.steps + 1):
+                if _out_of_patience(settings, checkpoints, step - 1):
+                    break
                 batch = shard_batch(next(stage.batches), mesh)
                 state, terms = program.step(state, frozen, batch, key)
                 pending.append(terms)
@@ -367,6 +359,13 @@ def fit(stage: Stage, config: Config, mesh: Mesh, folder: str | os.PathLike) -> 
             )
         progress.write_selected(chosen[0], settings.select, chosen[1])
         return program.result(checkpoints.restore(chosen[0], target)[0])
+
+
+def _out_of_patience(settings: Stage1Config | Stage2Config, checkpoints: Checkpoints, step: int) -> bool:
+    """Whether to end after `step`; from what checkpoints hold, so that a stage that was killed ends at the same one."""
+    if settings.patience is None or checkpoints.best is None:
+        return False
+    return step - checkpoints.best >= settings.patience * settings.eval_every
 
 
 def _position(stage: Stage, logged: Sequence[dict] = (), pending: Sequence[dict] = ()) -> dict:

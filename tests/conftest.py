@@ -1,14 +1,21 @@
 """Test-wide settings: eight virtual CPU devices, strict ranks, and shapes checked on every public call."""
 
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Most of the tests' time is compilation; without LLVM's optimisation it is a third less.
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+# What one test has compiled, all others find, those of other workers and `train.py` among them.
+os.environ["TESTS_COMPILED"] = os.environ.get("TESTS_COMPILED") or tempfile.mkdtemp(prefix="compiled")
+os.environ["JAX_COMPILATION_CACHE_DIR"] = os.environ["TESTS_COMPILED"]
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
+os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "0"
 
 import jax
 import pytest
@@ -33,6 +40,11 @@ def pytest_configure(config):
 
     if config.getoption("--golden"):
         golden_set.folder = config.getoption("--golden").resolve(strict=True)
+
+
+def pytest_unconfigure(config):
+    if not hasattr(config, "workerinput"):  # the process that waits for all workers
+        shutil.rmtree(os.environ["TESTS_COMPILED"], ignore_errors=True)
 
 
 def pytest_terminal_summary(terminalreporter):
@@ -98,18 +110,9 @@ def two_subjects(tiny_dataset, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def start_training(tmp_path_factory) -> Callable[..., subprocess.Popen]:
-    """Starts `train.py` as a user does: a process of its own, one device, if `env` does not ask for more. What one
-    compiled, later ones find."""
-    here = tmp_path_factory.getbasetemp()
-    compiled = (here.parent if "PYTEST_XDIST_WORKER" in os.environ else here) / "compiled"
-    environment = {
-        **os.environ,
-        "XLA_FLAGS": "",
-        "JAX_COMPILATION_CACHE_DIR": os.fspath(compiled),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
-    }
+def start_training() -> Callable[..., subprocess.Popen]:
+    """Starts `train.py` as a user does: a process of its own, one device, if `env` does not ask for more."""
+    environment = {**os.environ, "XLA_FLAGS": ""}
 
     def start(*arguments: str, **options) -> subprocess.Popen:
         command = [sys.executable, os.fspath(ROOT / "train.py"), *arguments]

@@ -29,6 +29,7 @@ from synbrain_jax.data.voxels import Voxels
 from synbrain_jax.errors import InputError
 from synbrain_jax.sharding import make_mesh
 from synbrain_jax.training import init_state, make_optimizer
+from synbrain_jax.variability import Spread
 
 CONFIG = Config(name="x")
 
@@ -338,6 +339,7 @@ def make_bundle(seed: int) -> Bundle:
         latent_std=rng.random((tiny.TOKENS, tiny.WIDTH), np.float32),
         offset=rng.random(tiny.VOXELS, np.float32),
         gain=1 / 3,
+        spread=Spread(rng.random((tiny.VOXELS, 3), np.float32), rng.random(tiny.VOXELS, np.float32), {0: 1.5, 3: 0.1}),
     )
 
 
@@ -346,6 +348,9 @@ def assert_same_bundle(actual: Bundle, expected: Bundle):
     assert (actual.config, actual.dataset, actual.gain) == (expected.config, expected.dataset, expected.gain)
     for name in ("latent_std", "offset"):
         assert_same_bits(getattr(actual, name), getattr(expected, name))
+    for name in ("factor", "independent"):
+        assert_same_bits(getattr(actual.spread, name), getattr(expected.spread, name))
+    assert actual.spread.nll == expected.spread.nll
     for field in dataclasses.fields(Voxels):
         one, other = getattr(actual.voxels, field.name), getattr(expected.voxels, field.name)
         if isinstance(other, np.ndarray):
@@ -363,6 +368,21 @@ def saved(tmp_path_factory):
 
 def test_a_bundle_comes_back_bit_by_bit(saved):
     assert_same_bundle(load_bundle(saved), make_bundle(0))
+
+
+def test_a_bundle_need_not_know_a_spread_of_trials(tmp_path):
+    """As those that an earlier version wrote; one with a spread is replaced by it."""
+    for bundle in (make_bundle(0), dataclasses.replace(make_bundle(0), spread=None)):
+        save_bundle(tmp_path / "bundle", bundle)
+    assert not (tmp_path / "bundle" / "spread.npz").exists()
+    assert load_bundle(tmp_path / "bundle").spread is None
+
+
+def test_a_spread_of_other_voxels_is_named(saved, tmp_path):
+    shutil.copytree(saved, tmp_path / "b")
+    Spread(np.zeros((7, 2), np.float32), np.ones(7, np.float32)).save(tmp_path / "b" / "spread.npz")
+    with pytest.raises(InputError, match=r"spread\.npz: 7 voxels, but the bundle has 40"):
+        load_bundle(tmp_path / "b")
 
 
 def test_a_bundle_of_sharded_parameters_comes_back_on_one_device(tmp_path):

@@ -11,16 +11,18 @@ import nibabel
 import numpy as np
 import pytest
 
-from synbrain_jax import evaluation, load_pretrained
+from synbrain_jax import evaluation, load_pretrained, studies
 from synbrain_jax.checkpoint import Bundle, abstract_params, load_bundle, save_bundle
 from synbrain_jax.cli import main, plain_errors
 from synbrain_jax.config import Config, DataConfig
 from synbrain_jax.data.arrays import prepare_arrays
 from synbrain_jax.data.pairs import load_trials, open_dataset
 from synbrain_jax.data.voxels import Voxels
+from synbrain_jax.document import Claim, Document, Section
 from synbrain_jax.interop.nifti import from_volume
 from synbrain_jax.models.brain_vae import BrainVAEConfig
 from synbrain_jax.models.semantic_to_neural import MapperConfig
+from synbrain_jax.variability import Spread
 
 ROOT = Path(__file__).parents[1]
 _spec = importlib.util.spec_from_file_location("train", ROOT / "train.py")
@@ -39,7 +41,9 @@ def bundle(tmp_path_factory) -> Path:
     params = jax.tree.map(lambda leaf: rng.normal(0, 0.2, leaf.shape).astype(np.float32), abstract_params(config))
     voxels = Voxels("s", "none", np.stack([np.arange(30)] * 3, 1), None, None, None, np.arange(30)[::-1].copy())
     path = tmp_path_factory.mktemp("model") / "bundle"
-    save_bundle(path, Bundle.uncorrected(config, params, voxels, "test/tiny", np.full((4, 8), 0.5, np.float32)))
+    bundle = Bundle.uncorrected(config, params, voxels, "test/tiny", np.full((4, 8), 0.5, np.float32))
+    spread = Spread(rng.normal(size=(30, 2)).astype(np.float32), np.ones(30, np.float32))
+    save_bundle(path, dataclasses.replace(bundle, spread=spread))
     return path
 
 
@@ -48,15 +52,16 @@ def tokens() -> np.ndarray:
     return np.random.default_rng(1).normal(size=(3, 4, 8)).astype(np.float32)
 
 
-def test_synthesize_writes_what_the_system_gives(bundle, tokens, tmp_path, capsys):
+@pytest.mark.parametrize("variability", ["posterior", "calibrated"])
+def test_synthesize_writes_what_the_system_gives(bundle, tokens, tmp_path, capsys, variability):
     np.savez(tmp_path / "in.npz", tokens=tokens, stimulus_id=np.array(["a", "b", "c"]))
     np.save(tmp_path / "in.npy", tokens)
-    options = ["--k", "2", "--variability", "posterior", "--seed", "7"]
+    options = ["--k", "2", "--variability", variability, "--seed", "7"]
     for source, out in (("in.npz", "out.npz"), ("in.npy", "out.npy")):
         files = ["--tokens", os.fspath(tmp_path / source), "--out", os.fspath(tmp_path / out)]
         main(["synthesize", "--model", os.fspath(bundle), *files, *options])
         assert "3 stimuli x 2 samples x 30 voxels" in capsys.readouterr().out
-    expected = load_pretrained(bundle).synthesize(tokens, jax.random.key(7), k=2, variability="posterior")
+    expected = load_pretrained(bundle).synthesize(tokens, jax.random.key(7), k=2, variability=variability)
     with np.load(tmp_path / "out.npz") as written:
         np.testing.assert_array_equal(written["fmri"], expected)
         assert list(written["stimulus_id"]) == ["a", "b", "c"]
@@ -273,3 +278,49 @@ def test_baselines_learn_from_as_much_as_the_model_did(tmp_path, bundle):
         assert list(file["stimulus_id"]) == list(test.stimulus_id)
         expected = np.tile(train_of_model.fmri.mean(axis=0), (len(test.stimulus_id), 1))
         np.testing.assert_allclose(file["prediction_mean_pattern"], expected, atol=1e-6)
+
+
+def test_experiment_runs_a_study_and_shows_what_it_found(tmp_path, capsys, monkeypatch):
+    asked = []
+
+    def study(settings):
+        asked.append(settings)
+        claim = Claim("It works", True, "1 > 0")
+        return Document("A study", {"command": settings.command}, (Section("Only", claims=(claim,)),))
+
+    monkeypatch.setattr(studies, "study_of", lambda name: study if name == "encode" else None)
+    monkeypatch.chdir(ROOT)
+    workdir = tmp_path / "my studies"
+    arguments = ["experiment", "encode", "haxby", "--workdir", os.fspath(workdir), "--seeds", "4", "2"]
+    main([*arguments, "--change", "stage1.steps=7", "data.permute=trial", "--quick"])
+    (settings,) = asked
+    assert settings.config.name == "haxby"
+    assert settings.config.stage1.steps == 7
+    assert settings.config.data.permute == "trial"
+    assert (settings.seeds, settings.quick, settings.categories) == ((4, 2), True, None)
+    assert os.fspath(settings.workdir) == os.fspath(workdir)
+    changes = "--change stage1.steps=7 data.permute=trial"
+    assert settings.command == f"synbrain experiment encode haxby {changes} --workdir '{workdir}' --seeds 4 2 --quick"
+    folder, printed = workdir / "encode-haxby", capsys.readouterr().out
+    assert "**holds**: It works" in printed
+    assert printed.endswith(f"The page: {folder / 'report.html'}\n")
+    assert sorted(path.name for path in folder.iterdir()) == ["document.json", "report.html", "report.md"]
+    assert (folder / "report.md").read_text() in printed
+    main(["report", os.fspath(folder)])
+    assert capsys.readouterr().out == printed
+    main(["report", os.fspath(folder), os.fspath(folder), "--out", os.fspath(tmp_path / "all")])
+    assert capsys.readouterr().out == f"The page: {tmp_path / 'all' / 'report.html'}\n"
+    assert (tmp_path / "all" / "report.md").read_text().count("## A study") == 2
+
+
+def test_what_experiment_or_report_cannot_use_is_one_clear_error(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert "did you mean 'haxby'" in error_of(capsys, main, ["experiment", "encode", "haxbi"])
+    assert "augment" in error_of(capsys, main, ["experiment", "agument", "haxby"])
+    workdir = ["--workdir", os.fspath(tmp_path / "w")]
+    assert "each once" in error_of(capsys, main, ["experiment", "encode", "haxby", *workdir, "--seeds", "1", "1"])
+    unknown = ["experiment", "encode", "haxby", *workdir, "--change", "stage1.stepps=3"]
+    assert "did you mean 'steps'" in error_of(capsys, main, unknown)
+    assert "no such folder" in error_of(capsys, main, ["report", os.fspath(tmp_path / "absent")])
+    assert "no folder given" in error_of(capsys, main, ["report"])
+    assert list(tmp_path.iterdir()) == []

@@ -236,6 +236,7 @@ INVALID = [
     ("stage2.eval_every", 0, "stage2.eval_every"),
     ("stage1.accumulate", 0, "stage1.accumulate"),
     ("stage2.accumulate", 5, "stage2.accumulate"),  # of a batch of 24
+    ("stage2.patience", 0, "stage2.patience"),
     ("stage1.average_share", 1.5, "stage1.average_share"),
     ("stage1.average_share", float("nan"), "stage1.average_share"),
     ("stage1.kl_weight", float("nan"), "stage1.kl_weight"),

@@ -10,8 +10,8 @@ import signal
 import socket
 import subprocess
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -23,8 +23,7 @@ from synbrain_jax.checkpoint import load_bundle
 from synbrain_jax.cli import run_settings
 from synbrain_jax.distributed import Processes, agreed, barrier, first_then_others, is_first, start, whole
 from synbrain_jax.errors import InputError
-from synbrain_jax.sharding import make_mesh
-from synbrain_jax.training import _check_process_share
+from synbrain_jax.sharding import part_of_batch
 
 ROOT = Path(__file__).parents[1]
 
@@ -113,27 +112,29 @@ def test_where_no_cluster_is_found_the_message_says_what_to_give(monkeypatch):
         ((2, 4, 1), 2, True),
         ((1, 4, 2), 4, True),
         ((1, 1, 8), 8, True),
-        ((1, 1, 8), 4, False),
-        ((2, 2, 2), 1, False),
+        ((1, 1, 8), 4, True),
+        ((2, 2, 2), 1, True),
         ((4, 2, 1), 3, False),
+        ((1, 2, 4), 6, False),
     ],
 )
-def test_a_process_has_a_block_of_the_mesh_and_whole_samples(shape, own, fits):
-    """Against the grid itself: nobody's row of `tensor` is of two processes, and nobody's devices have gaps."""
-    grid = np.array([SimpleNamespace(process_index=i // own) for i in range(8)]).reshape(shape)
-    tensor = [len({device.process_index for device in row}) == 1 for row in grid.reshape(-1, shape[2])]
+def test_a_process_has_a_block_of_the_mesh_and_reads_the_samples_of_its_devices(shape, own, fits):
+    """Against the grid itself: nobody's devices have gaps, and who holds the same samples reads the same part."""
+    grid = (np.arange(8) // own).reshape(shape)
     blocks = []
-    for process in range(-(-8 // own)):
-        places = np.argwhere(np.vectorize(lambda one: one.process_index)(grid) == process)
+    for process in np.unique(grid):
+        places = np.argwhere(grid == process)
         blocks.append(len(places) == np.prod(places.max(0) - places.min(0) + 1))
-    assert (all(tensor) and all(blocks)) == fits
-    if fits:
-        _check_process_share(make_mesh(*shape), own)
-    else:
-        with pytest.raises(
-            InputError, match=f"over processes of {own} devices: expected mesh.tensor to divide {own}, "
-        ):
-            _check_process_share(make_mesh(*shape), own)
+    if not fits or 8 % own:
+        with pytest.raises(InputError, match=f"over processes of {own} devices: expected mesh.tensor, and "):
+            part_of_batch(grid, 0)
+        return
+    assert all(blocks)
+    samples = np.arange(shape[0] * shape[1])  # as many as parts
+    for process in np.unique(grid):
+        number, count = part_of_batch(grid, int(process))
+        held = np.unique(np.argwhere(grid.reshape(len(samples), -1) == process)[:, 0])
+        np.testing.assert_array_equal(samples.reshape(count, -1)[number], held)
 
 
 # ---- two processes -------------------------------------------------------------------------------
@@ -177,11 +178,11 @@ def by_slurm(port: int, number: int) -> tuple[list[str], dict[str, str]]:
 
 @pytest.fixture(scope="module")
 def start_two(start_training, arguments):
-    def run(workdir: Path, found=by_address) -> list[subprocess.Popen]:
+    def run(workdir: Path, found=by_address, more: Sequence[str] = ()) -> list[subprocess.Popen]:
         port, processes = free_port(), []
         for number in range(2):
             options, variables = found(port, number)
-            command = [*arguments, "--workdir", str(workdir), *options]
+            command = [*arguments, "--workdir", str(workdir), *more, *options]
             processes.append(start_training(*command, env={**flags(2), **variables}))
         return processes
 
@@ -277,6 +278,16 @@ def test_two_processes_end_where_one_does(stopped, one, start_two, tmp_path):
     assert_same_run(workdir, one[0], 1e-6)
     report = json.loads((workdir / "report.json").read_text())
     assert report["scores"].keys() == json.loads((one[0] / "report.json").read_text())["scores"].keys()
+
+
+@pytest.mark.slow
+def test_two_processes_with_the_same_samples_end_where_one_does(start_training, start_two, arguments, tmp_path):
+    """`tensor` is split over both, so that each reads every batch whole."""
+    mesh = ["--mesh.tensor", "4"]
+    results = ends(start_two(tmp_path / "two", more=mesh))
+    results += ends([start_training(*arguments, *mesh, "--workdir", str(tmp_path / "one"), env=flags(4))])
+    assert [code for code, *_ in results] == [0, 0, 0], results
+    assert_same_run(tmp_path / "two", tmp_path / "one", 1e-6)
 
 
 @pytest.mark.slow

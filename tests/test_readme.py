@@ -83,8 +83,10 @@ def test_the_commands_leave_what_the_readme_says(reader):
         assert synthetic["fmri"].shape == (40, 8, 300)
         assert synthetic["stimulus_id"][3] == "picture03"
     assert report(reader / "scores")["scores"] == report(reader / "runs" / "mine")["scores"]
-    for name in ("bundle/README.md", "report.md", "predictions.npz", "figures/patterns.png", "stage1/metrics.jsonl"):
+    for name in ("bundle/README.md", "report.html", "report.md", "predictions.npz", "figures/patterns.png",
+                 "stage1/metrics.jsonl"):  # fmt: skip
         assert (reader / "runs" / "haxby" / name).exists()
+    assert (reader / "results" / "report.html").exists()
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ from matplotlib.image import imread
 from synbrain_jax import figures, files, report
 from synbrain_jax.data.voxels import Voxels
 from synbrain_jax.errors import InputError
+from synbrain_jax.run_files import read_curves
 
 STIMULI, TRIALS, VOXELS, SAMPLES = 3, 12, 60, 5
 SHAPE = (9, 6, 2)
@@ -357,7 +358,7 @@ def test_resumed_log_counts_the_last_attempt_and_skips_a_line_cut_short(tmp_path
     with (tmp_path / "stage1" / "metrics.jsonl").open("a") as log:
         log.write('{"step": 30, "train/lo{"step": 29, "train/loss": 7.0}\n{"step": 30, "train/loss": 8.0}\n')
         log.write('{"step": 31, "train/loss": NaN, "seconds": 3.0}\n')
-    values = report.read_curves(tmp_path, "stage1").values
+    values = read_curves(tmp_path, "stage1").values
     assert values["train/loss"] == {step: 100.0 / step for step in range(1, 30)} | {30: 8.0}
     assert values.keys() == {"train/loss", "train/kl", "val/loss", "val/mse"}
 

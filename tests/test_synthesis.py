@@ -17,6 +17,7 @@ from synbrain_jax.models.brain_vae import BrainVAE
 from synbrain_jax.models.semantic_to_neural import SemanticToNeural
 from synbrain_jax.sharding import make_mesh
 from synbrain_jax.synthesis import SynBrain, load_pretrained
+from synbrain_jax.variability import Spread, deviations
 
 RNG = np.random.default_rng(0)
 STIMULI = 7
@@ -24,6 +25,8 @@ TOKENS = RNG.normal(size=(STIMULI, tiny.TOKENS, tiny.WIDTH)).astype(np.float32)
 ORDER = RNG.permutation(tiny.VOXELS).astype(np.int32)
 STD = RNG.uniform(0.1, 2.0, size=(tiny.TOKENS, tiny.WIDTH)).astype(np.float32)
 OFFSET = RNG.normal(size=tiny.VOXELS).astype(np.float32)
+FACTOR = RNG.normal(size=(tiny.VOXELS, 3)).astype(np.float32)
+SPREAD = Spread(FACTOR, RNG.uniform(0.5, 2, size=tiny.VOXELS).astype(np.float32))
 KEY = jax.random.key(5)
 ONE = make_mesh(devices=jax.devices()[:1])
 
@@ -33,7 +36,7 @@ def make_bundle(prediction="x", voxel_order="hilbert", gain=0.4) -> Bundle:
     config = dataclasses.replace(config, mapper=dataclasses.replace(config.mapper, prediction=prediction))
     voxels = Voxels("s", "none", None, None, None, None, ORDER)
     bundle = Bundle.uncorrected(config, tiny.random_params(config), voxels, "test/tiny", STD)
-    return dataclasses.replace(bundle, offset=OFFSET, gain=gain)
+    return dataclasses.replace(bundle, offset=OFFSET, gain=gain, spread=SPREAD)
 
 
 BUNDLE = make_bundle()
@@ -123,6 +126,25 @@ def test_latent_noise_has_the_posteriors_spread(model):
     np.testing.assert_allclose(found.mean(0), model.predict(TOKENS[:1])[0], atol=5 * expected.max() / np.sqrt(k))
 
 
+@pytest.mark.parametrize("factor", [1.0, 0.5])
+def test_a_calibrated_sample_is_the_prediction_and_a_draw_from_the_spread(model, factor):
+    """In the data set's voxel order, whatever the model's; the draw is keyed by stimulus and sample."""
+    found = model.synthesize(TOKENS, KEY, k=2, variability="calibrated", noise_factor=factor, batch_size=8)
+    keys = [[jax.random.fold_in(jax.random.fold_in(KEY, i), j) for j in range(2)] for i in range(STIMULI)]
+    drawn = np.array([[deviations(FACTOR, SPREAD.independent, key) for key in row] for row in keys])
+    expected = model.predict(TOKENS)[:, None] + np.float32(factor) * drawn
+    assert found.dtype == np.float32
+    assert largest(found - expected, expected) < 1e-6
+
+
+def test_calibrated_samples_vary_as_the_spread_says(model):
+    k = 4000
+    found = model.synthesize(TOKENS[:2], KEY, k=k, variability="calibrated", batch_size=2)
+    for deviation in (found - model.predict(TOKENS[:2])[:, None]).astype(np.float64):
+        np.testing.assert_allclose((deviation**2).mean(0), SPREAD.variance, rtol=5 * np.sqrt(2 / k))
+        np.testing.assert_allclose(np.corrcoef(deviation.T), SPREAD.correlation(), atol=5 / np.sqrt(k))
+
+
 def test_without_variability_all_samples_are_the_prediction(model):
     found = model.synthesize(TOKENS, k=2, batch_size=8)
     for j in range(2):
@@ -134,10 +156,11 @@ def test_without_variability_all_samples_are_the_prediction(model):
 # ---- what it does not depend on ------------------------------------------------------------------
 
 
-def test_same_key_same_bits_and_another_key_another_sample(model):
-    first, again = (model.synthesize(TOKENS, KEY, k=2, variability="posterior", batch_size=8) for _ in range(2))
+@pytest.mark.parametrize("variability", ["posterior", "calibrated"])
+def test_same_key_same_bits_and_another_key_another_sample(model, variability):
+    first, again = (model.synthesize(TOKENS, KEY, k=2, variability=variability, batch_size=8) for _ in range(2))
     np.testing.assert_array_equal(first, again)
-    other = model.synthesize(TOKENS, jax.random.key(6), k=2, variability="posterior", batch_size=8)
+    other = model.synthesize(TOKENS, jax.random.key(6), k=2, variability=variability, batch_size=8)
     assert np.abs(first - other).max() > 0.01
     assert np.abs(first[:, 0] - first[:, 1]).max() > 0.01
 
@@ -151,31 +174,34 @@ def test_padding_changes_no_bit(model):
     assert model.synthesize(TOKENS[:0], batch_size=8).shape == (0, 1, tiny.VOXELS)
 
 
+@pytest.mark.parametrize("variability", ["posterior", "calibrated"])
 @pytest.mark.parametrize("batch_size", [1, 32])
-def test_batch_size_changes_nothing_but_rounding(model, batch_size):
+def test_batch_size_changes_nothing_but_rounding(model, batch_size, variability):
     """Another batch size is another program: the same to 1e-6 of the largest value, not bit by bit."""
-    settings = dict(k=2, variability="posterior")
+    settings = dict(k=2, variability=variability)
     expected = model.synthesize(TOKENS, KEY, batch_size=8, **settings)
     found = model.synthesize(TOKENS, KEY, batch_size=batch_size, **settings)
     assert largest(found - expected, expected) < 2e-6
 
 
-def test_a_sample_depends_on_its_stimulus_and_number_only(model):
-    few = model.synthesize(TOKENS, KEY, k=2, variability="latent_noise", batch_size=8)
-    more = model.synthesize(TOKENS, KEY, k=5, variability="latent_noise", batch_size=8)
+@pytest.mark.parametrize("variability", ["latent_noise", "calibrated"])
+def test_a_sample_depends_on_its_stimulus_and_number_only(model, variability):
+    few = model.synthesize(TOKENS, KEY, k=2, variability=variability, batch_size=8)
+    more = model.synthesize(TOKENS, KEY, k=5, variability=variability, batch_size=8)
     assert largest(more[:, :2] - few, few) < 2e-6
     changed = TOKENS[::-1].copy()
     assert (changed[3] == TOKENS[3]).all()
-    others = model.synthesize(changed, KEY, k=2, variability="latent_noise", batch_size=8)
+    others = model.synthesize(changed, KEY, k=2, variability=variability, batch_size=8)
     np.testing.assert_array_equal(others[3], few[3])
     assert np.abs(others[2] - few[2]).max() > 1e-3
 
 
-def test_devices_change_nothing_but_rounding(model):
+@pytest.mark.parametrize("variability", ["posterior", "calibrated"])
+def test_devices_change_nothing_but_rounding(model, variability):
     """On eight devices, and with a batch size that they do not divide."""
     spread = SynBrain(BUNDLE, make_mesh(4, 2, 1))
     for settings in (dict(batch_size=3), dict(batch_size=16)):
-        settings |= dict(k=2, variability="posterior")
+        settings |= dict(k=2, variability=variability)
         expected = model.synthesize(TOKENS, KEY, **settings)
         assert largest(spread.synthesize(TOKENS, KEY, **settings) - expected, expected) < 2e-6
 
@@ -199,6 +225,9 @@ def test_any_number_of_stimuli_runs_the_same_program(monkeypatch):
     for count in (2, 5):
         model.synthesize(TOKENS[:count], **settings)
     assert len(traces) == 2  # without variability nothing is drawn, which is another program
+    for count, factor in ((1, 1.0), (7, 0.5)):
+        model.synthesize(TOKENS[:count], KEY, variability="calibrated", noise_factor=factor, **settings)
+    assert len(traces) == 3  # and so is noise of voxels
 
 
 # ---- bundles and wrong input ---------------------------------------------------------------------
@@ -268,11 +297,19 @@ def with_nan():
         (jnp.asarray(with_nan()), {}, "2 values that are NaN or infinite"),
         (TOKENS, {"variability": "posterior"}, "give a key"),
         (TOKENS, {"variability": "latent_noise", "key": None}, "give a key"),
+        (TOKENS, {"variability": "calibrated"}, "give a key"),
         (TOKENS, {"k": 0}, "k is 0"),
         (TOKENS, {"batch_size": 0}, "batch_size 0"),
     ],
-    ids=["tokens", "width", "nan", "nan on device", "no key", "no key either", "k", "batch size"],
+    ids=["tokens", "width", "nan", "nan on device", "no key", "no key either", "nor here", "k", "batch size"],
 )
 def test_wrong_input_is_named(model, tokens, settings, message):
     with pytest.raises(InputError, match=message):
         model.synthesize(tokens, **settings)
+
+
+@pytest.mark.parametrize(("variability", "field"), [("calibrated", "spread"), ("posterior", "latent_std")])
+def test_a_spread_that_the_bundle_does_not_know_is_named(variability, field):
+    model = SynBrain(dataclasses.replace(BUNDLE, **{field: None}), ONE)
+    with pytest.raises(InputError, match=r"bundle does not know .*; use|or use"):
+        model.synthesize(TOKENS, KEY, variability=variability)

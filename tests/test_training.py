@@ -360,6 +360,48 @@ def test_a_stage_that_stops_before_its_first_checkpoint_has_no_result(tmp_path):
         fit(stage, CONFIG, MESH, tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("values", "patience", "best", "shown"),
+    [
+        ([3.0, 1.0, 2.0, 2.0, 0.5, 0.1], 2, 1, 4),
+        ([3.0, 1.0, 2.0, 2.0, 0.5, 0.1], 3, 5, 6),
+        ([1.0, 2.0, 1.0, 2.0, 2.0, 0.1], 2, 2, 5),  # as good as the best: it begins anew
+        ([np.nan, 2.0, np.inf, 3.0, 4.0, 5.0], 1, 1, 3),
+    ],
+)
+def test_a_stage_ends_when_validation_has_been_worse_too_often(tmp_path, values, patience, best, shown):
+    stage = toy(values, steps=18, patience=patience)
+    result = fit(stage, CONFIG, MESH, tmp_path)
+    assert_same_bits(result, stage.validate.shown[best])
+    assert len(stage.validate.shown) == shown
+    assert max(line["step"] for line in tiny.log_of(tmp_path)) == 3 * shown
+
+
+@pytest.mark.parametrize("after", [4, 9, 12])
+def test_patience_outlives_an_interruption(tmp_path, after, monkeypatch):
+    """Before the best, after it, and when it is over and only that has not been noted."""
+    values = [3.0, 1.0, 2.0, 2.0, 0.5, 0.1]
+    whole = fit(toy(values, steps=18, patience=2), CONFIG, MESH, tmp_path / "whole")
+    if after < 12:
+        fit_until(after, toy(values, steps=18, patience=2), tmp_path / "killed")
+    else:
+        with monkeypatch.context() as patch:
+            patch.setattr(Checkpoints, "selected", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+            with pytest.raises(KeyboardInterrupt):
+                fit(toy(values, steps=18, patience=2), CONFIG, MESH, tmp_path / "killed")
+    stage = toy(values[after // 3 :], steps=18, patience=2)
+    assert_same_bits(fit(stage, CONFIG, MESH, tmp_path / "killed"), whole)
+    assert len(stage.validate.shown) == 4 - after // 3
+    assert tiny.log_of(tmp_path / "killed") == tiny.log_of(tmp_path / "whole")
+
+
+def test_a_start_that_nothing_betters_is_the_result(tmp_path):
+    program = training.step_program(toy_params, regression, toy([]).config, MESH)
+    stage = dataclasses.replace(toy([1.0, 2.0, 3.0], patience=2), start=lambda target: program.init(jax.random.key(11)))
+    assert_same_bits(fit(stage, CONFIG, MESH, tmp_path), toy_params())
+    assert [line["step"] for line in tiny.log_of(tmp_path) if "val/mse" in line] == [0, 3, 6]
+
+
 def test_the_fixed_position_table_does_not_decay():
     optimizer = make_optimizer(OptimizerConfig(learning_rate=0.1, weight_decay=0.5), 4)
     params = {"pos_embed": jnp.ones((2, 2)), "final": {"kernel": jnp.ones((2, 2))}}

@@ -46,12 +46,12 @@ def plan(
     from synbrain_jax import plan as planning
 
     jax.config.update("jax_platforms", "cpu")  # or it would look for the devices that it compiles for
-    settings = _changed(_config(config), change)
+    settings = changed_config(named_config(config), change)
     print(planning.plan(settings, topology, voxels=voxels, samples=samples, programs=programs))
 
 
-def _config(where: Path) -> Config:
-    """That of a name, an experiment's file, or a run's config.json."""
+def named_config(where: Path) -> Config:
+    """The config of a name, an experiment's file, or a run's config.json."""
     if where.suffix == ".json":
         return Config.from_json(read_text(where))
     path = where if where.suffix == ".py" else Path("configs") / f"{where}.py"
@@ -61,7 +61,7 @@ def _config(where: Path) -> Config:
     return _experiment(path).config
 
 
-def _changed(config: Config, changes: Sequence[str]) -> Config:
+def changed_config(config: Config, changes: Sequence[str]) -> Config:
     """`config` with settings such as "stage1.batch_size=1024"; values as in JSON, or plain text."""
     tree = json.loads(config.to_json())
     for change in changes:

@@ -1,4 +1,4 @@
-"""`synbrain encode-images`, `synthesize`, `evaluate` and `report`: pictures, trained systems and their scores."""
+"""`synbrain encode-images`, `synthesize` and `evaluate`: pictures, trained systems and their scores."""
 
 import dataclasses
 import sys
@@ -8,7 +8,6 @@ from typing import Annotated, Any, Literal
 
 import jax
 import numpy as np
-import tyro
 from tyro.conf import arg
 
 from synbrain_jax.errors import InputError
@@ -110,8 +109,9 @@ def synthesize(
         images: Folder of pictures, .txt list of files, .hdf5 file with imgBrick, or TFDS folder.
         clip: CLIP weights: an open_clip checkpoint, a Hugging Face folder, or ORG/NAME in Hugging Face's hub.
         k: Samples per stimulus.
-        variability: What the samples vary by; "none" repeats the expected response.
-        noise_factor: Multiplies the latent noise.
+        variability: What the samples vary by: "calibrated" as real trials do, if the bundle knows how they do; "none"
+            repeats the expected response.
+        noise_factor: Multiplies the noise; what is calibrated is so at 1.
         seed: Of the samples.
         batch_size: Stimuli per call of the compiled function.
         nifti: .nii.gz or .nii file to write, too: volumes in the person's own space, where a brain viewer shows them.
@@ -206,14 +206,3 @@ def evaluate(model: Path, data: Path, out: Path, split: str = "test", shift_toke
     learned = system.bundle.config.data
     dataset = open_dataset(data).limited(learned.sessions, learned.stimuli)
     print(format_table(write_evaluation(system, dataset, out, split, shift_tokens)))
-
-
-def report(workdir: tyro.conf.Positional[Path]) -> None:
-    """Draw the figures and tables of a finished run again.
-
-    Args:
-        workdir: Folder that train.py wrote.
-    """
-    from synbrain_jax.report import write_report
-
-    print(write_report(workdir))

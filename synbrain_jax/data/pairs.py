@@ -67,6 +67,7 @@ class Trials:
 class _Index:
     """What is known of the records and trials of one split without reading them, in record order."""
 
+    source: str  # the split of the files that holds the records
     stimulus_id: Shaped[np.ndarray, "s"]
     record: Int[np.ndarray, "s"]  # place in the files
     n_trials: Int[np.ndarray, "s"]
@@ -83,6 +84,7 @@ class _Index:
         n_trials = np.bincount(self.record_of_trial[trials], minlength=len(self.n_trials)).astype(np.int32)
         left = n_trials > 0
         return _Index(
+            source=self.source,
             stimulus_id=self.stimulus_id[left],
             record=self.record[left],
             n_trials=n_trials[left],
@@ -140,6 +142,10 @@ class Dataset:
         """Number of trials (int32) of each record of `split`."""
         return self._of(split).n_trials
 
+    def sessions(self, split: str) -> Int[np.ndarray, "n"]:
+        """The scan session (int32) of each trial of `split`, in record order; 0 where the experiment has none."""
+        return self._of(split).session
+
     def stimulus_ids(self, split: str) -> tuple[str, ...]:
         """The stimuli of `split`, in record order."""
         return tuple(str(name) for name in self._of(split).stimulus_id)
@@ -148,7 +154,7 @@ class Dataset:
         """Random access to the records of `split`; a small split stays in memory once decoded."""
         index = self._of(split)
         decoded_bytes = 4 * len(index.row) * self.n_voxels + 2 * len(index.record) * np.prod(self.token_shape)
-        source = tfds.builder_from_directory(self.path).as_data_source(split)
+        source = tfds.builder_from_directory(self.path).as_data_source(index.source)
         rows = np.split(index.row, np.cumsum(index.n_trials)[:-1])
         return Records(source, index.record, rows, keep=bool(decoded_bytes < _CACHED_BYTES))
 
@@ -184,6 +190,36 @@ class Dataset:
             presented = np.minimum.reduceat(train.trial_index, np.cumsum(train.n_trials) - train.n_trials)
             chosen = np.sort(np.argsort(presented, kind="stable")[:stimuli])
             index["train"] = train.only(np.isin(train.record_of_trial, chosen))
+        return dataclasses.replace(self, _index=index)
+
+    def with_validation_share(self, share: float, seed: int) -> "Dataset":
+        """The same with a share of the training stimuli, at least 2, drawn with `seed`, as its validation split.
+
+        Raises InputError for a share that is not between 0 and 1, or where fewer than 2 stimuli would be left.
+        """
+        train = self._of("train")
+        count, stimuli = max(2, round(share * len(train.record))), len(train.record)
+        if not 0 < share < 1 or stimuli - count < 2:
+            raise InputError(
+                f"validation_share is {share} of the {stimuli} training stimuli of {self.name}; expected a share "
+                "between 0 and 1 that leaves at least 2 for each side: give another share, or more stimuli"
+            )
+        chosen = np.random.default_rng(seed).choice(stimuli, count, replace=False)
+        return self.moved(np.isin(train.record_of_trial, chosen), "validation")
+
+    def moved(self, trials: Bool[np.ndarray, "n"], to: str) -> "Dataset":
+        """The same where these trials of the training split (in its order) make up the split `to` instead.
+
+        Raises:
+            InputError: they are none, or all that there are.
+        """
+        train = self._of("train")
+        if trials.all() or not trials.any():
+            raise InputError(
+                f"{trials.sum()} of the {len(trials)} training trials of {self.name} were to become its split "
+                f"'{to}'; expected some but not all"
+            )
+        index = {**self._index, "train": train.only(~trials), to: train.only(trials)}
         return dataclasses.replace(self, _index=index)
 
     def _of(self, split: str) -> _Index:
@@ -226,6 +262,7 @@ def open_dataset(path: str | os.PathLike) -> Dataset:
 def _index_of(listed: Mapping[str, np.ndarray], split: str) -> _Index:
     n_trials = listed[f"{split}.n_trials"]
     return _Index(
+        source=split,
         stimulus_id=listed[f"{split}.stimulus_id"],
         record=np.arange(len(n_trials)),
         n_trials=n_trials,

@@ -1,0 +1,262 @@
+"""Study: with little data of a new brain, is a system that is adapted better than one trained from scratch, or ridge?
+
+The first subject's system, trained on all its data, is adapted to each other subject on its first scan session and on
+the stimuli that it saw first, more and more of them. From the same data a system with the same settings is trained from
+scratch, and both ridge baselines are fitted. Both networks hold the same share of the stimuli out for validation, which
+picks their checkpoints and stops them; the baselines cross-validate on all. Everything is scored on the test split.
+
+Intervals are over test stimuli, for each seed; a number for all seeds is their mean, with the mean of the ends.
+
+Shape letters: s stimuli, v voxels.
+"""
+
+import dataclasses
+import hashlib
+import io
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+from etils import epath
+from jaxtyping import Float
+from matplotlib.figure import Figure as Picture
+from matplotlib.ticker import NullLocator
+
+from synbrain_jax import figures, metrics
+from synbrain_jax.adaptation import adapt
+from synbrain_jax.baselines import baseline_predictions
+from synbrain_jax.config import AdaptationConfig
+from synbrain_jax.data.pairs import Dataset, Trials, load_trials, open_dataset
+from synbrain_jax.document import Claim, Document, Figure, Section, Table
+from synbrain_jax.errors import InputError
+from synbrain_jax.evaluation import MIN_CEILING_R, stimulus_targets
+from synbrain_jax.files import read_npz, write_bytes, write_npz
+from synbrain_jax.statistics import Estimate, VoxelR, voxel_r_intervals
+from synbrain_jax.studies.common import Settings, document, homes, mean_estimate, open_subjects, trained
+
+STIMULI = (250, 500, 1000, 2000, 4000, 8000)
+VALIDATION_SHARE, PATIENCE = 0.1, 3
+ROWS = {"adapted": "adapted", "scratch": "from scratch", "ridge": "ridge", "kernel_ridge": "kernel ridge"}
+_LINES = {"adapted": figures.BLUE, "scratch": figures.VERMILION, "ridge": figures.GREY, "kernel_ridge": "#009E73"}
+_MARKERS = {"adapted": "o", "scratch": "s", "ridge": "^", "kernel_ridge": "D"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Amount:
+    """How much of the new brain's data is learnt from."""
+
+    name: str
+    trials: int
+    sessions: int | None = None
+    stimuli: int | None = None
+
+
+def study(settings: Settings) -> Document:
+    """Adapts and trains with every amount of data and every seed; what is done is not done again.
+
+    Raises InputError where the config has fewer than two subjects.
+    """
+    started = time.monotonic()
+    source, *others = open_subjects(settings)
+    if not others:
+        raise InputError(
+            "data.subjects names one person; the study of adaptation needs another: --change data.subjects=[1,2], or "
+            "for prepared data data.more_sources"
+        )
+    sections = [_subject(settings, source, open_dataset(new.path)) for new in others]
+    return document(settings, "Adaptation", started, sections)
+
+
+def amounts_of(new: Dataset, quick: bool = False) -> list[Amount]:
+    """One session, where the data set knows sessions and has several; and the stimuli seen first, up to all of them."""
+    total = len(new.stimulus_ids("train"))
+    counts = [count for count in STIMULI if count <= total] or [total]
+    asked = [Amount(f"{count:,} stimuli", 0, stimuli=count) for count in (counts[:1] if quick else counts)]
+    if len(np.unique(new.sessions("train"))) > 1:
+        asked.insert(0, Amount("1 session", 0, sessions=1))
+    return [dataclasses.replace(one, trials=int(_part(new, one).trials_per_record("train").sum())) for one in asked]
+
+
+def _part(new: Dataset, amount: Amount) -> Dataset:
+    return new.limited(amount.sessions, amount.stimuli)
+
+
+# ---- predictions, kept -----------------------------------------------------------------------------
+
+
+def _predictions(
+    settings: Settings, seed: int, source: Dataset, new: Dataset, test: Trials, amount: Amount
+) -> dict[str, Float[np.ndarray, "s v"]]:
+    """Of both networks, for the test stimuli."""
+    part = _part(new, amount).with_validation_share(VALIDATION_SHARE, seed)
+    own = settings.config
+    scratch = dict(
+        stage1=dataclasses.replace(own.stage1, patience=PATIENCE),
+        stage2=dataclasses.replace(own.stage2, patience=PATIENCE),
+        variability=dataclasses.replace(own.variability, folds=0),
+    )
+    how = AdaptationConfig(
+        sessions=amount.sessions,
+        stimuli=amount.stimuli,
+        validation_share=VALIDATION_SHARE,
+        brain_vae_steps=max(1, own.stage1.steps // 2),
+        mapper_steps=max(1, own.stage2.steps // 2),
+        patience=PATIENCE,
+        seed=seed,
+    )
+    told = hashlib.sha256(json.dumps(dataclasses.asdict(how), sort_keys=True).encode()).hexdigest()[:8]
+    at = homes(settings, seed, [source])[0] / f"few-{new.voxels.subject}-{told}"
+
+    def adapted() -> Float[np.ndarray, "s v"]:
+        bundle = trained(settings, seed, [source])[0].bundle
+        without_spread = dataclasses.replace(bundle.config, variability=scratch["variability"])
+        system = adapt(dataclasses.replace(bundle, config=without_spread), new.path, at, how)
+        return system.predict(test.tokens)
+
+    def from_scratch() -> Float[np.ndarray, "s v"]:
+        return trained(settings, seed, [part], **scratch)[0].predict(test.tokens)
+
+    return {
+        "adapted": _kept(at / "test.npz", adapted),
+        "scratch": _kept(homes(settings, seed, [part], **scratch)[0] / "test.npz", from_scratch),
+    }
+
+
+def _kept(file: epath.Path, predict: Callable[[], Float[np.ndarray, "s v"]]) -> Float[np.ndarray, "s v"]:
+    if not file.exists():
+        write_npz(file, {"prediction": predict()})
+    return read_npz(file)["prediction"]
+
+
+def _baselines(settings: Settings, new: Dataset, test: Trials, amount: Amount) -> dict[str, Float[np.ndarray, "s v"]]:
+    part = _part(new, amount)
+    told = hashlib.sha256(f"{new.path} {new.voxels.normalisation} {part.stimulus_ids('train')}".encode())
+    file = settings.workdir / "baselines" / f"{new.voxels.subject}-{amount.trials}-{told.hexdigest()[:8]}.npz"
+    if not file.exists():
+        found = baseline_predictions(load_trials(part, "train"), test)
+        write_npz(file, {name: found[name] for name in ("ridge", "kernel_ridge")})
+    return read_npz(file)
+
+
+# ---- one new brain ---------------------------------------------------------------------------------
+
+
+def _subject(settings: Settings, source: Dataset, new: Dataset) -> Section:
+    test, draws = load_trials(new, "test"), 200 if settings.quick else 2000
+    target, ceiling = stimulus_targets(test), None
+    if new.voxels.ncsnr is not None:
+        ceiling = metrics.noise_ceiling_r(new.voxels.ncsnr, np.bincount(test.stimulus))
+    found: dict[Amount, list[VoxelR]] = {}
+    for amount in amounts_of(new, settings.quick):
+        baselines = _baselines(settings, new, test, amount)
+        found[amount] = [
+            voxel_r_intervals(
+                {**_predictions(settings, seed, source, new, test, amount), **baselines},
+                target,
+                ceiling,
+                min_ceiling_r=MIN_CEILING_R,
+                draws=draws,
+                seed=seed,
+            )
+            for seed in settings.seeds
+        ]
+    return section(source.voxels.subject, new.voxels.subject, found, settings, len(target))
+
+
+def section(
+    source: str, new: str, found: Mapping[Amount, Sequence[VoxelR]], settings: Settings, n_stimuli: int
+) -> Section:
+    """Tables, figure and claims of one new brain, from the scores of each amount and seed; writes the figure."""
+    values, leads = curves(found)
+    what = "share of the noise ceiling, median voxel" if _shared(found) else "median voxel r"
+    figure = f"adaptation-{new}"
+    drawn = io.BytesIO()
+    draw(values, f"{source} to {new}", what).savefig(drawn, format="png", dpi=figures.DPI)
+    write_bytes(settings.folder("adapt") / f"{figure}.png", drawn.getvalue())
+    scores = Table(
+        title=f"{source} to {new}: {what}, {n_stimuli} test stimuli",
+        columns=("learnt from", "trials", *ROWS.values()),
+        rows=tuple((amount.name, amount.trials, *(rows[row] for row in ROWS)) for amount, rows in values.items()),
+        note=f"With 95 % bootstrap intervals over stimuli; mean of {len(settings.seeds)} seeds.",
+    )
+    differences = Table(
+        title=f"Adapted less another, {what}, by seed",
+        columns=("learnt from", "less", *(f"seed {seed}" for seed in settings.seeds)),
+        rows=tuple(
+            (amount.name, ROWS[row], *by_seed) for amount, others in leads.items() for row, by_seed in others.items()
+        ),
+        note="Paired: both of the same resamples of the test stimuli.",
+    )
+    caption = (
+        f"Responses of {new} predicted from few data: {what}, against the trials learnt from. Lines are means of "
+        f"{len(settings.seeds)} seeds, bands the mean 95 % intervals over stimuli."
+    )
+    return Section(
+        title=f"Adaptation from {source} to {new}",
+        tables=(scores, differences),
+        figures=(Figure(figure, caption),),
+        claims=tuple(claims(leads, what)),
+    )
+
+
+def _shared(found: Mapping[Amount, Sequence[VoxelR]]) -> bool:
+    """Whether every score is known as a share of the ceiling."""
+    return all(one.share for scores in found.values() for one in scores)
+
+
+def curves(
+    found: Mapping[Amount, Sequence[VoxelR]],
+) -> tuple[dict[Amount, dict[str, Estimate]], dict[Amount, dict[str, list[Estimate]]]]:
+    """For each amount, every row's score over seeds, and by seed how far the adapted system is above each other row."""
+    score, lead = ("share", "lead_share") if _shared(found) else ("r", "lead")
+    values = {
+        amount: {row: mean_estimate([getattr(one, score)[row] for one in seeds]) for row in ROWS}
+        for amount, seeds in found.items()
+    }
+    leads = {
+        amount: {row: [getattr(one, lead)[row] for one in seeds] for row in ROWS if row != "adapted"}
+        for amount, seeds in found.items()
+    }
+    return values, leads
+
+
+def claims(leads: Mapping[Amount, Mapping[str, Sequence[Estimate]]], what: str) -> list[Claim]:
+    """With the least data there is: is the adapted system better than each other row, in every seed?"""
+    least = next((one for one in leads if one.sessions), min(leads, key=lambda one: one.trials))
+    made = []
+    for row, by_seed in leads[least].items():
+        told = ", ".join(f"{one.value:+.3f} [{one.low:+.3f}, {one.high:+.3f}]" for one in by_seed)
+        above, below = all(one.low > 0 for one in by_seed), all(one.high < 0 for one in by_seed)
+        made.append(
+            Claim(
+                f"Adaptation with {least.name} beats {ROWS[row]} (the interval is above 0 in all seeds)",
+                True if above else False if below else None,
+                f"{what}, adapted less {ROWS[row]}, by seed: {told}",
+            )
+        )
+    return made
+
+
+def draw(values: Mapping[Amount, Mapping[str, Estimate]], title: str, what: str) -> Picture:
+    """Every row against the number of trials learnt from."""
+    picture = Picture((figures.WIDTH * 0.75, 4.8), layout="constrained")
+    panel = picture.subplots()
+    ordered = sorted(values.items(), key=lambda pair: pair[0].trials)
+    trials = [amount.trials for amount, _ in ordered]
+    for row, label in ROWS.items():
+        line = [rows[row] for _, rows in ordered]
+        style = dict(color=_LINES[row], marker=_MARKERS[row], label=label)
+        panel.plot(trials, [one.value for one in line], linewidth=1.8, markersize=5, **style)
+        panel.fill_between(
+            trials, [one.low for one in line], [one.high for one in line], color=_LINES[row], alpha=0.12, linewidth=0
+        )
+    panel.set_xscale("log")
+    panel.xaxis.set_minor_locator(NullLocator())
+    panel.set_xticks(trials, [f"{amount.name}\n{amount.trials:,} trials" for amount, _ in ordered], fontsize=9)
+    panel.set_xlabel("learnt from, of the new person")
+    panel.set_ylabel(what)
+    panel.set_title(title, fontsize=12)
+    panel.grid(alpha=0.3)
+    panel.legend(frameon=False)
+    return picture

@@ -1,0 +1,196 @@
+"""The study of adaptation: what is trained on which data, what is kept, and what its numbers are said to show."""
+
+import dataclasses
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import tiny
+from etils import epath
+
+from synbrain_jax import metrics
+from synbrain_jax.baselines import baseline_predictions
+from synbrain_jax.config import DataConfig
+from synbrain_jax.data.pairs import load_trials
+from synbrain_jax.errors import InputError
+from synbrain_jax.evaluation import stimulus_targets
+from synbrain_jax.statistics import Estimate, VoxelR
+from synbrain_jax.studies import adapt as room
+from synbrain_jax.studies.adapt import Amount, amounts_of, claims, curves, section, study
+from synbrain_jax.studies.common import Settings
+
+
+@pytest.fixture
+def settings(two_subjects, tmp_path) -> Settings:
+    first, second = (str(dataset.path) for dataset in two_subjects)
+    config = tiny.config(data=DataConfig(builder="prepared", source=first, more_sources=(second,)))
+    return Settings(config, epath.Path(tmp_path), seeds=(0, 3), quick=True)
+
+
+# ---- amounts -------------------------------------------------------------------------------------
+
+
+def test_amounts_go_up_to_what_there_is(two_subjects, monkeypatch):
+    first = two_subjects[0]
+    assert amounts_of(first) == [Amount("9 stimuli", 36, stimuli=9)]
+    monkeypatch.setattr(room, "STIMULI", (2, 5, 10))
+    counts = first.trials_per_record("train")
+    found = amounts_of(first)
+    assert [one.stimuli for one in found] == [2, 5]
+    assert counts.min() * 2 <= found[0].trials <= counts.max() * 2
+    assert amounts_of(first, quick=True) == found[:1]
+
+
+def test_one_session_comes_first_where_there_are_several(two_subjects, monkeypatch):
+    first = two_subjects[0]
+    session = np.arange(36) % 3 + 1
+    monkeypatch.setattr(type(first), "sessions", lambda self, split: session)
+    monkeypatch.setattr(room, "_part", lambda new, amount: new if amount.sessions is None else two_subjects[1])
+    session_amount, whole = amounts_of(first)
+    assert session_amount == Amount("1 session", int(two_subjects[1].trials_per_record("train").sum()), sessions=1)
+    assert whole.trials == 36
+    session[:] = 1
+    assert amounts_of(first) == [whole]
+
+
+# ---- what is trained -----------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Fake:
+    """Stands for a trained system: predicts noise of its own seed, and knows its config."""
+
+    config: object
+    seed: int
+
+    @property
+    def bundle(self):
+        return FakeBundle(self.config)
+
+    def predict(self, tokens):
+        return np.random.default_rng(self.seed).normal(size=(len(tokens), 35)).astype(np.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class FakeBundle:
+    config: object
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """What was asked of the two functions that train."""
+    made = SimpleNamespace(trained=[], adapted=[])
+
+    def trained(settings, seed, datasets, **changes):
+        made.trained.append((seed, datasets, changes))
+        return [Fake(dataclasses.replace(settings.config, seed=seed), 10 + seed)]
+
+    def adapt(bundle, path, at, how):
+        made.adapted.append((bundle, path, at, how))
+        return Fake(bundle.config, 20 + how.seed)
+
+    monkeypatch.setattr(room, "trained", trained)
+    monkeypatch.setattr(room, "adapt", adapt)
+    return made
+
+
+def test_both_learn_from_the_same_few_data_and_ridge_from_all_of_them(settings, two_subjects, calls, monkeypatch):
+    monkeypatch.setattr(room, "STIMULI", (4,))
+    found = study(settings)
+    second = two_subjects[1]
+    scratch = [call for call in calls.trained if call[2]]
+    source = [call for call in calls.trained if not call[2]]
+    assert [(seed, datasets[0].voxels.subject) for seed, datasets, _ in source] == [(0, "tiny"), (3, "tiny")]
+    for (seed, (part,), changes), (bundle, path, _, how) in zip(scratch, calls.adapted, strict=True):
+        expected = second.limited(None, 4).with_validation_share(how.validation_share, how.seed)
+        assert (path, how.seed, how.stimuli, how.sessions, how.patience) == (second.path, seed, 4, None, 3)
+        for split in ("train", "validation"):
+            assert part.stimulus_ids(split) == expected.stimulus_ids(split)
+        assert changes["stage1"].patience == changes["stage2"].patience == 3
+        assert changes["variability"].folds == bundle.config.variability.folds == 0
+        assert changes["stage1"].steps == settings.config.stage1.steps
+
+    test = load_trials(second, "test")
+    target = stimulus_targets(test)
+    ridge = baseline_predictions(load_trials(second.limited(None, 4), "train"), test)["ridge"]
+    row = found.sections[0].tables[0].rows[0]
+    assert row[:2] == ("4 stimuli", int(second.limited(None, 4).trials_per_record("train").sum()))
+
+    ceiling = metrics.noise_ceiling_r(second.voxels.ncsnr, 1)  # each test stimulus has one trial
+    reliable = ceiling > 0.3
+
+    def share(prediction):
+        return np.median(np.asarray(metrics.voxel_pearson(prediction, target))[reliable] / ceiling[reliable])
+
+    expected = {
+        "adapted": np.mean([share(Fake(None, 20 + seed).predict(test.tokens)) for seed in (0, 3)]),
+        "scratch": np.mean([share(Fake(None, 10 + seed).predict(test.tokens)) for seed in (0, 3)]),
+        "ridge": share(ridge),
+    }
+    cells = dict(zip(room.ROWS, row[2:], strict=True))
+    for name, value in expected.items():
+        assert cells[name].value == pytest.approx(value, abs=1e-5)
+
+
+def test_what_was_predicted_is_not_predicted_again(settings, calls):
+    before = study(settings)
+    count = len(calls.trained), len(calls.adapted)
+    assert count == (4, 2)
+    again = study(settings)
+    assert (len(calls.trained), len(calls.adapted)) == count
+    assert again.sections == before.sections
+    picture = settings.folder("adapt") / f"{before.figures[0].name}.png"
+    assert len(picture.read_bytes()) > 5000
+
+
+def test_one_subject_is_not_enough(settings):
+    data = dataclasses.replace(settings.config.data, more_sources=())
+    alone = dataclasses.replace(settings, config=dataclasses.replace(settings.config, data=data))
+    with pytest.raises(InputError, match=r"names one person; .* --change data\.subjects=\[1,2\]"):
+        study(alone)
+
+
+# ---- what the numbers say ------------------------------------------------------------------------
+
+
+def scores(adapted: float, others: dict[str, float], wide: float = 0.01, share: bool = True) -> VoxelR:
+    rows = {"adapted": adapted, **others}
+    r = {row: Estimate(value, value - wide, value + wide) for row, value in rows.items()}
+    lead = {
+        row: Estimate(adapted - value, adapted - value - wide, adapted - value + wide) for row, value in others.items()
+    }
+    half = {row: Estimate(one.value / 2, one.low / 2, one.high / 2) for row, one in r.items()}
+    return VoxelR(half, r if share else {}, {row: Estimate(-1.0, -2.0, 0.0) for row in lead}, lead if share else {})
+
+
+OTHERS = {"scratch": 0.5, "ridge": 0.6, "kernel_ridge": 0.7}
+
+
+def test_a_claim_holds_where_every_seed_is_above_and_fails_where_every_seed_is_below(settings):
+    session, more = Amount("1 session", 600, sessions=1), Amount("9 stimuli", 100, stimuli=9)
+    good, bad = scores(0.65, OTHERS), scores(0.605, OTHERS)
+    found = {more: [bad, bad], session: [good, bad]}
+    made = claims(curves(found)[1], "share")
+    assert [claim.holds for claim in made] == [True, None, False]
+    assert "1 session" in made[0].text
+    assert "+0.150 [+0.140, +0.160], +0.105 [+0.095, +0.115]" in made[0].evidence
+    del found[session]
+    assert "9 stimuli beats from scratch" in claims(curves(found)[1], "share")[0].text
+
+
+def test_rows_are_means_over_seeds_of_shares_or_else_of_r(settings):
+    amount = Amount("1 session", 600, sessions=1)
+    found = {amount: [scores(0.6, OTHERS), scores(0.8, OTHERS)]}
+    made = section("one", "two", found, settings, 9)
+    name, trials, adapted, *_, kernel = made.tables[0].rows[0]
+    assert (name, trials) == ("1 session", 600)
+    assert dataclasses.astuple(adapted) == pytest.approx((0.7, 0.69, 0.71))
+    assert kernel.value == pytest.approx(0.7)
+    assert [row[1] for row in made.tables[1].rows] == ["from scratch", "ridge", "kernel ridge"]
+    assert "share" in made.tables[0].title
+
+    found[Amount("9 stimuli", 700, stimuli=9)] = [scores(0.6, OTHERS, share=False)] * 2
+    made = section("one", "two", found, settings, 9)
+    assert made.tables[0].rows[0][2].value == pytest.approx(0.35)
+    assert "median voxel r" in made.tables[0].title
+    assert all(claim.holds is None for claim in made.claims)  # leads of r touch 0 here
