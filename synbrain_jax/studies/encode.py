@@ -10,7 +10,7 @@ Shape letters: s stimuli, v voxels.
 import dataclasses
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -171,7 +171,7 @@ def _lead_table(leads: Mapping[str, Mapping[int, Estimate]], intervals: Mapping[
 
 def _claims(
     leads: Mapping[str, Mapping[int, Estimate]], intervals: Mapping[int, VoxelR], share: str
-) -> Sequence[Claim]:
+) -> Iterator[Claim]:
     for name in ("stimulus_mean", "ridge", "kernel_ridge"):
         if name in leads:
             differences = list(leads[name].values())
