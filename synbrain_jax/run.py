@@ -182,11 +182,37 @@ def export(
     if config.variability.folds == 1 and not _residuals_file(home).exists():
         _save(home, Residuals(_off(SynBrain(bundle, mesh), validation), _group(dataset, validation)))
     residuals = _load(home)
-    if residuals is not None and len(np.unique(residuals.group)) > 1:
-        spread = fit_spread(residuals.values, residuals.group, config.variability.ranks, config.seed)
-        bundle = dataclasses.replace(bundle, spread=spread)
+    if residuals is not None:
+        bundle = _with_spread(bundle, residuals)
     save_bundle(home / "bundle", bundle)
     return SynBrain(load_bundle(home / "bundle"), mesh)
+
+
+def calibrated(bundle: Bundle, dataset: Dataset, mesh: Mesh) -> Bundle:
+    """`bundle`, however it came about, with the correction and the spread that a data set's held-out trials show.
+
+    Offset from the training trials, gain and spread from the validation trials. Raises InputError for the data set of
+    another brain.
+    """
+    if dataset.n_voxels != len(bundle.voxels.order):
+        raise InputError(
+            f"{dataset.path}: {dataset.n_voxels} voxels of {dataset.voxels.subject}, but the model synthesises "
+            f"{len(bundle.voxels.order)} of {bundle.voxels.subject}; give the data set that it was trained on"
+        )
+    config = bundle.config
+    plain = Bundle.uncorrected(config, bundle.params, dataset.voxels, dataset.name, bundle.latent_std)
+    validation = load_trials(dataset, "validation")
+    corrected = stages.corrected(plain, SynBrain(plain, mesh), load_trials(dataset, "train"), validation)
+    off = _off(SynBrain(corrected, mesh), validation)
+    return _with_spread(corrected, Residuals(off, _group(dataset, validation)))
+
+
+def _with_spread(bundle: Bundle, residuals: Residuals) -> Bundle:
+    if len(np.unique(residuals.group)) < 2:  # nothing to choose the rank on
+        return bundle
+    config = bundle.config
+    spread = fit_spread(residuals.values, residuals.group, config.variability.ranks, config.seed)
+    return dataclasses.replace(bundle, spread=spread)
 
 
 def _corrected(

@@ -143,3 +143,19 @@ def test_the_bundle_knows_the_spread_that_was_asked_for(residuals, tiny_dataset,
     np.testing.assert_allclose(run.residuals_of(home), off, atol=1e-6)
     np.testing.assert_allclose(spread.variance, np.mean(np.asarray(off) ** 2, axis=0), rtol=0.02)
     assert set(spread.nll) <= {0, 1}
+
+
+def test_any_bundle_can_be_calibrated(tiny_dataset, mesh, tmp_path):
+    """As `export` does, whatever correction it had before."""
+    validation = load_trials(tiny_dataset, "validation")
+    config = dataclasses.replace(CONFIG, variability=VariabilityConfig(folds=1, ranks=(0, 1)))
+    trained = run.Trained(tiny.random_params(config), (np.ones((tiny.TOKENS, tiny.WIDTH), np.float32),))
+    expected = run.export(config, trained, 0, tiny_dataset, validation, mesh, epath.Path(tmp_path / "home")).bundle
+    before = dataclasses.replace(expected, offset=expected.offset + 1, gain=3.0, spread=None)
+    found = run.calibrated(before, tiny_dataset, mesh)
+    np.testing.assert_allclose(found.offset, expected.offset, atol=1e-6)
+    assert found.gain == pytest.approx(expected.gain)
+    np.testing.assert_allclose(found.spread.variance, expected.spread.variance, rtol=1e-5)
+    few = dataclasses.replace(expected, voxels=expected.voxels.select(np.arange(7)))
+    with pytest.raises(InputError, match=r"40 voxels of .* but the model synthesises 7"):
+        run.calibrated(few, tiny_dataset, mesh)

@@ -9,7 +9,7 @@ from synbrain_jax.cli.ending import plain_errors
 from synbrain_jax.cli.experiments import plan, run_settings
 from synbrain_jax.cli.prepare import prepare, simulate
 from synbrain_jax.cli.studies import experiment, report
-from synbrain_jax.cli.systems import encode_images, evaluate, synthesize
+from synbrain_jax.cli.systems import calibrate, encode_images, evaluate, synthesize
 
 __all__ = ["keep_compiled", "main", "plain_errors", "run_settings"]
 
@@ -21,6 +21,7 @@ def main(arguments: list[str] | None = None) -> None:
         "encode-images": encode_images,
         "synthesize": synthesize,
         "evaluate": evaluate,
+        "calibrate": calibrate,
         "experiment": experiment,
         "report": report,
         "adapt": adapt,

@@ -1,4 +1,4 @@
-"""`synbrain encode-images`, `synthesize` and `evaluate`: pictures, trained systems and their scores."""
+"""`synbrain encode-images`, `synthesize`, `evaluate` and `calibrate`: pictures, trained systems and their scores."""
 
 import dataclasses
 import sys
@@ -206,3 +206,24 @@ def evaluate(model: Path, data: Path, out: Path, split: str = "test", shift_toke
     learned = system.bundle.config.data
     dataset = open_dataset(data).limited(learned.sessions, learned.stimuli)
     print(format_table(write_evaluation(system, dataset, out, split, shift_tokens)))
+
+
+def calibrate(model: Path, data: Path, out: Path) -> None:
+    """Correct a system's predictions, and learn how real trials vary around them, on a prepared data set.
+
+    train.py does so at its end. This is for a system that was converted, or trained before.
+
+    Args:
+        model: Bundle folder of a trained system.
+        data: Prepared data set folder, of the same brain.
+        out: Bundle folder to write.
+    """
+    from synbrain_jax.checkpoint import save_bundle
+    from synbrain_jax.data.pairs import open_dataset
+    from synbrain_jax.run import calibrated
+
+    system = load_pretrained(model)
+    learned = system.bundle.config.data
+    dataset = open_dataset(data).limited(learned.sessions, learned.stimuli)
+    save_bundle(out, calibrated(system.bundle, dataset, system.mesh))
+    print(f"{out}: corrected, and calibrated on the validation trials of {dataset.name}")

@@ -52,8 +52,10 @@ class Settings:
 
 
 def open_subjects(settings: Settings) -> list[Dataset]:
-    """The config's data sets, one for each subject, prepared once for all studies."""
-    return open_data(settings.config.data, settings.workdir / "data")
+    """The config's data sets, one for each subject, prepared once for all studies of the same data."""
+    data = settings.config.data
+    told = hashlib.sha256(json.dumps(dataclasses.asdict(dataclasses.replace(data, subjects=()))).encode())
+    return open_data(data, settings.workdir / "data" / f"{data.builder}-{told.hexdigest()[:8]}")
 
 
 def homes(settings: Settings, seed: int, datasets: Sequence[Dataset], **changes) -> list[epath.Path]:
