@@ -110,18 +110,14 @@ def _prepared(source: Bundle, data: str | os.PathLike, settings: AdaptationConfi
 def adapted_config(source: Config, data: str, settings: AdaptationConfig) -> Config:
     """The source's configuration with the data, steps, rates, patience and seed of an adaptation."""
 
-    def tuned(stage: Stage1Config | Stage2Config, steps: int | None, rate: float, otherwise: str):
+    def tuned(stage: Stage1Config | Stage2Config, steps: int | None, rate: float):
         return dataclasses.replace(
-            stage,
+            chosen_by_validation(stage, settings.patience),
             steps=stage.steps if steps is None else steps,
             optimizer=dataclasses.replace(stage.optimizer, learning_rate=rate * stage.optimizer.learning_rate),
             eval_every=stage.eval_every if settings.eval_every is None else settings.eval_every,
-            patience=settings.patience,
-            select=otherwise if stage.select == "last" else stage.select,  # the last is never worse than the best
-            start_from=None,
         )
 
-    stage1 = tuned(source.stage1, settings.brain_vae_steps, settings.brain_vae_rate, "val/loss")
     return dataclasses.replace(
         source,
         seed=settings.seed,
@@ -132,11 +128,21 @@ def adapted_config(source: Config, data: str, settings: AdaptationConfig) -> Con
             stimuli=settings.stimuli,
             voxel_order=source.data.voxel_order,
         ),
-        stage1=dataclasses.replace(stage1, stop_below=None),
-        stage2=tuned(source.stage2, settings.mapper_steps, settings.mapper_rate, "val/pattern_r_centred"),
+        stage1=tuned(source.stage1, settings.brain_vae_steps, settings.brain_vae_rate),
+        stage2=tuned(source.stage2, settings.mapper_steps, settings.mapper_rate),
         # Mappers for cross-fitting are trained whole.
         variability=dataclasses.replace(source.variability, folds=min(source.variability.folds, 1)),
     )
+
+
+def chosen_by_validation(stage: Stage1Config | Stage2Config, patience: int | None) -> Stage1Config | Stage2Config:
+    """The stage stopped by validation, and by nothing else, with its best checkpoint as the result."""
+    first = isinstance(stage, Stage1Config)
+    best = "val/loss" if first else "val/pattern_r_centred"
+    # "last" is never worse than the best, so that patience would not end it.
+    select = best if stage.select == "last" else stage.select
+    alone = dict(stop_below=None) if first else {}
+    return dataclasses.replace(stage, patience=patience, select=select, start_from=None, **alone)
 
 
 def _digest(params: PyTree) -> int:

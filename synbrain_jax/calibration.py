@@ -123,7 +123,7 @@ def standard_rows(
     """
     spread = model.bundle.spread
     if spread is None:
-        raise InputError("the bundle knows no spread of trials; train it again with this version")
+        raise InputError("the bundle knows no spread of trials; learn it with `synbrain calibrate`")
     rows: dict[str, Row] = {"independent": spread.without_correlation()}
     left_out = {}
     if residuals.shape[1] <= MAX_MATRIX_VOXELS:
@@ -299,10 +299,14 @@ def _mean_distances(points: Float[Array, "n v"], others: Float[Array, "m v"]) ->
 
 
 def _marginal_scores(row: Row, held_out: Float[np.ndarray, "n v"]) -> dict[str, Any]:
-    """Variance ratio, coverage and CRPS: of single voxels, whose number alone decides how long this takes."""
+    """Variance ratio, coverage and CRPS: of single voxels, whose number alone decides how long this takes.
+
+    A voxel that is 0 in all trials, as where nothing was measured, would be inside every interval: it is left out.
+    """
     power = np.mean(np.square(held_out, dtype=np.float64), axis=0)
-    variance, inside, crps = np.empty(len(power)), np.zeros(len(LEVELS)), 0.0
-    for v in range(len(power)):
+    alive = np.flatnonzero(power)
+    variance, inside, crps = np.zeros(len(power)), np.zeros(len(LEVELS)), 0.0
+    for v in alive:
         y = held_out[:, v].astype(np.float64)
         if isinstance(row, Drawn):
             x = np.sort(row.deviations[:, v]).astype(np.float64)
@@ -314,12 +318,12 @@ def _marginal_scores(row: Row, held_out: Float[np.ndarray, "n v"]) -> dict[str, 
             ends = np.array([[-1], [1]]) * np.sqrt(variance[v]) * ndtri((100 + np.array(LEVELS)) / 200)
             crps += crps_gaussian(np.sqrt(variance[v]), y).mean()
         inside += np.mean((ends[0] <= y[:, None]) & (y[:, None] <= ends[1]), axis=0)
-    ratio = np.quantile(variance[power > 0] / power[power > 0], (0.25, 0.5, 0.75))
-    coverage = {str(level): float(share) for level, share in zip(LEVELS, inside / len(power), strict=True)}
+    ratio = np.quantile(variance[alive] / power[alive], (0.25, 0.5, 0.75))
+    coverage = {str(level): float(share) for level, share in zip(LEVELS, inside / len(alive), strict=True)}
     return {
         "variance_ratio": tuple(float(value) for value in ratio),
         "coverage": coverage,
-        "crps": float(crps / len(power)),
+        "crps": float(crps / len(alive)),
     }
 
 
@@ -407,6 +411,9 @@ def matrix_ceiling(
 
 
 def _runs_repeat(trials: Trials) -> bool:
-    """Whether a run holds several trials of one stimulus."""
+    """Whether a run that shows a stimulus holds several trials of it: on average two or more.
+
+    Where a picture comes twice in a run only now and then, as in the Natural Scenes Dataset, they are not blocks.
+    """
     blocks = np.unique(np.stack([trials.stimulus, trials.run], axis=1), axis=0)
-    return len(blocks) < len(trials.stimulus)
+    return 2 * len(blocks) <= len(trials.stimulus)

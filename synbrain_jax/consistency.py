@@ -79,10 +79,6 @@ class Agreement:
     own: Float[np.ndarray, "s"]  # with those to the same stimulus
     other: Float[np.ndarray, "s"]  # with those to other stimuli: chance
 
-    def excess(self, counts: Float[np.ndarray, "d s"]) -> Float[np.ndarray, "d"]:
-        """Own less other, mean over stimuli."""
-        return weighted_mean(self.own - self.other, counts)
-
 
 def agreement(one: Responses, another: Responses | None = None) -> Agreement:
     """Pearson correlations over voxels of the responses in `one` with those in `another`, by stimulus of `one`.

@@ -38,7 +38,7 @@ class Trained:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Residuals:
-    """Trials less what was predicted for them by a system that had not learnt from them."""
+    """Trials less what was predicted for them by a system whose mapper had not learnt from them."""
 
     values: Float[np.ndarray, "n v"]  # float32, perhaps a memory map
     group: Int[np.ndarray, "n"]  # the run or stimulus that a trial belongs to
@@ -48,10 +48,13 @@ def train(
     config: Config, datasets: Sequence[Dataset], validation: Sequence[Trials], mesh: Mesh, workdir: epath.Path
 ) -> Trained:
     """Trains BrainVAE and the mapper, and the mappers that have not seen a part of the trials, as configured."""
-    homes = stages.folders(workdir, datasets)
+    homes, folds = stages.folders(workdir, datasets), config.variability.folds
+    if folds > 1:  # after the training it would be late to say that there is too little to hold out
+        for dataset in datasets:
+            _fold(_group(dataset, load_trials(dataset, "train")), folds, 0)
     brain_vae = fit(stages.stage1(config, datasets, validation), config, mesh, workdir / "stage1")
     mapper, latent_stds = _train_mapper(config, datasets, validation, brain_vae, mesh, workdir, homes)
-    if config.variability.folds > 1:
+    if folds > 1:
         _cross_fit(config, datasets, validation, brain_vae, mesh, workdir)
     return Trained(whole({"brain_vae": brain_vae, "mapper": mapper}), latent_stds)
 
@@ -93,9 +96,8 @@ def _cross_fit(
     homes = stages.folders(workdir, datasets)
     if agreed(all(_residuals_file(home).exists() for home in homes)):
         return
-    splits = [load_trials(dataset, "train") for dataset in datasets]
-    groups = [_group(dataset, trials) for dataset, trials in zip(datasets, splits, strict=True)]
-    residuals = [np.empty_like(trials.fmri) for trials in splits]
+    groups = [_group(dataset, load_trials(dataset, "train")) for dataset in datasets]
+    residuals = [np.empty((len(group), d.n_voxels), np.float32) for group, d in zip(groups, datasets, strict=True)]
     for number in range(config.variability.folds):
         masks = [_fold(group, config.variability.folds, number) for group in groups]
         parts = [dataset.moved(mask, HELD_OUT) for dataset, mask in zip(datasets, masks, strict=True)]
@@ -192,7 +194,7 @@ def calibrated(bundle: Bundle, dataset: Dataset, mesh: Mesh) -> Bundle:
     """`bundle`, however it came about, with the correction and the spread that a data set's held-out trials show.
 
     Offset from the training trials, gain and spread from the validation trials. Raises InputError for the data set of
-    another brain.
+    another brain, or where those trials are all of one stimulus.
     """
     if dataset.n_voxels != len(bundle.voxels.order):
         raise InputError(
@@ -203,8 +205,14 @@ def calibrated(bundle: Bundle, dataset: Dataset, mesh: Mesh) -> Bundle:
     plain = Bundle.uncorrected(config, bundle.params, dataset.voxels, dataset.name, bundle.latent_std)
     validation = load_trials(dataset, "validation")
     corrected = stages.corrected(plain, SynBrain(plain, mesh), load_trials(dataset, "train"), validation)
-    off = _off(SynBrain(corrected, mesh), validation)
-    return _with_spread(corrected, Residuals(off, _group(dataset, validation)))
+    residuals = Residuals(_off(SynBrain(corrected, mesh), validation), _group(dataset, validation))
+    found = _with_spread(corrected, residuals)
+    if found.spread is None:
+        raise InputError(
+            f"{dataset.path}: all {len(residuals.group)} validation trials are of one stimulus; how trials vary is "
+            "learnt from at least 2: prepare the data set with more for validation"
+        )
+    return found
 
 
 def _with_spread(bundle: Bundle, residuals: Residuals) -> Bundle:

@@ -96,8 +96,9 @@ class SynBrain:
             )
         if variability == "calibrated" and self.bundle.spread is None:
             raise InputError(
-                "this bundle does not know how real trials vary around its predictions: train it again with this "
-                "version, or use 'posterior', 'latent_noise' or 'none'"
+                "this bundle does not know how real trials vary around its predictions (its variability.folds was 0, "
+                "too few trials were held out, or it is older): learn it with `synbrain calibrate`, or use "
+                "'posterior', 'latent_noise' or 'none'"
             )
         if k < 1 or batch_size < 1:
             raise InputError(f"k is {k} and batch_size {batch_size}; both must be at least 1")

@@ -24,7 +24,7 @@ from matplotlib.figure import Figure as Picture
 from matplotlib.ticker import NullLocator
 
 from synbrain_jax import figures, metrics
-from synbrain_jax.adaptation import adapt
+from synbrain_jax.adaptation import adapt, chosen_by_validation
 from synbrain_jax.baselines import baseline_predictions
 from synbrain_jax.config import AdaptationConfig
 from synbrain_jax.data.pairs import Dataset, Trials, load_trials, open_dataset
@@ -92,8 +92,8 @@ def _predictions(
     part = _part(new, amount).with_validation_share(VALIDATION_SHARE, seed)
     own = settings.config
     scratch = dict(
-        stage1=dataclasses.replace(own.stage1, patience=PATIENCE),
-        stage2=dataclasses.replace(own.stage2, patience=PATIENCE),
+        stage1=chosen_by_validation(own.stage1, PATIENCE),
+        stage2=chosen_by_validation(own.stage2, PATIENCE),
         variability=dataclasses.replace(own.variability, folds=0),
     )
     how = AdaptationConfig(
@@ -105,7 +105,8 @@ def _predictions(
         patience=PATIENCE,
         seed=seed,
     )
-    told = hashlib.sha256(json.dumps(dataclasses.asdict(how), sort_keys=True).encode()).hexdigest()[:8]
+    what = f"{new.path} {json.dumps(dataclasses.asdict(how), sort_keys=True)}"
+    told = hashlib.sha256(what.encode()).hexdigest()[:8]
     at = homes(settings, seed, [source])[0] / f"few-{new.voxels.subject}-{told}"
 
     def adapted() -> Float[np.ndarray, "s v"]:
@@ -144,9 +145,7 @@ def _baselines(settings: Settings, new: Dataset, test: Trials, amount: Amount) -
 
 def _subject(settings: Settings, source: Dataset, new: Dataset) -> Section:
     test, draws = load_trials(new, "test"), 200 if settings.quick else 2000
-    target, ceiling = stimulus_targets(test), None
-    if new.voxels.ncsnr is not None:
-        ceiling = metrics.noise_ceiling_r(new.voxels.ncsnr, np.bincount(test.stimulus))
+    target, ceiling = stimulus_targets(test), ceiling_r(new, test)
     found: dict[Amount, list[VoxelR]] = {}
     for amount in amounts_of(new, settings.quick):
         baselines = _baselines(settings, new, test, amount)
@@ -162,6 +161,17 @@ def _subject(settings: Settings, source: Dataset, new: Dataset) -> Section:
             for seed in settings.seeds
         ]
     return section(source.voxels.subject, new.voxels.subject, found, settings, len(target))
+
+
+def ceiling_r(new: Dataset, test: Trials) -> Float[np.ndarray, "v"] | None:
+    """Of each voxel, what a perfect predictor's r comes to; None where nothing tells.
+
+    A repeat is what `metrics.repeats` says, not a trial: those of a run share noise.
+    """
+    if new.voxels.ncsnr is None:
+        return None
+    averaged = np.bincount(metrics.repeats(test.fmri, test.stimulus, test.run).stimulus)
+    return metrics.noise_ceiling_r(new.voxels.ncsnr, averaged)
 
 
 def section(
@@ -222,7 +232,7 @@ def curves(
 
 
 def claims(leads: Mapping[Amount, Mapping[str, Sequence[Estimate]]], what: str) -> list[Claim]:
-    """With the least data there is: is the adapted system better than each other row, in every seed?"""
+    """With one session, or else the least data: is the adapted system better than each other row, in every seed?"""
     least = next((one for one in leads if one.sessions), min(leads, key=lambda one: one.trials))
     made = []
     for row, by_seed in leads[least].items():

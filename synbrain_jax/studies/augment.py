@@ -3,12 +3,13 @@
 The first subject's system is adapted to the second subject, the new person, with the few pictures that this person saw
 first, and with nothing else of this person. It synthesises responses to pictures that are not among them: those of the
 other people, and of this person's the rest, of which only the tokens are used. Decoders learn from the few real trials,
-from real and synthetic ones, or from synthetic ones alone, and are scored by the real trials of test pictures that
-nobody has learnt from. With one subject, the system is trained on those few pictures from scratch.
+from real and synthetic ones, or from synthetic ones alone, and are scored by the real trials of test pictures. No
+synthetic trial is of these, and as long as they are in no other person's training, which is not checked, nothing has
+learnt from them. With one subject, the system is trained on those few pictures from scratch.
 
 What is chosen (penalty, weight of synthetic trials, when to stop, how many synthetic trials) is chosen by a share of
-the few real pictures. Above 4,000 voxels, those of the highest signal-to-noise ratio in the few real trials are decoded
-from; tokens of more than 4,096 values are averaged over their places first.
+the few real pictures. Above 4,000 voxels, those of the highest signal-to-noise ratio in the few real trials (evenly
+spaced ones where no picture repeats) are decoded from; tokens of more than 4,096 values are averaged over their places first.
 
 Shape letters: n trials, s pictures, v voxels, t tokens, d token width.
 """
@@ -90,7 +91,8 @@ def _scores_of(
             "needs others. Give data with more pictures, or more subjects"
         )
     home, system = _system(settings, seed, subjects, small, amount)
-    told = hashlib.sha256(repr((ratios, VALIDATION_SHARE, NetworkSettings(), decoding.PENALTIES)).encode())
+    seen = [f"{one.path}" for one in subjects]  # whose pictures are synthesised
+    told = hashlib.sha256(repr((ratios, VALIDATION_SHARE, NetworkSettings(), decoding.PENALTIES, seen)).encode())
     file = home / f"scores-{told.hexdigest()[:8]}.npz"
     if not file.exists():
         files.write_npz(file, dict(_decode(system().synthesize, small, pictures, ratios, seed)))
@@ -116,7 +118,7 @@ def _system(
         mapper_steps=max(1, own.stage2.steps // 2),
         seed=seed,
     )
-    told = hashlib.sha256(repr((how, from_validation)).encode()).hexdigest()[:8]
+    told = hashlib.sha256(f"{small.path} {how} {from_validation}".encode()).hexdigest()[:8]
     home = homes(settings, seed, subjects[:1])[0] / f"augment-{small.voxels.subject}-{told}"
 
     def adapted() -> SynBrain:
@@ -170,9 +172,15 @@ def _decode(
 
 
 def best_voxels(train: Trials) -> Int[np.ndarray, "v"]:
-    """All, or where there are more than MAX_VOXELS so many, of the highest `metrics.ncsnr`; ascending."""
-    if train.fmri.shape[1] <= MAX_VOXELS:
-        return np.arange(train.fmri.shape[1])
+    """All, or where there are more than MAX_VOXELS so many, of the highest `metrics.ncsnr`; ascending.
+
+    Where no picture repeats, which leaves the ratio unknown, evenly spaced ones.
+    """
+    count = train.fmri.shape[1]
+    if count <= MAX_VOXELS:
+        return np.arange(count)
+    if len(train.stimulus) == len(train.stimulus_id):
+        return np.linspace(0, count - 1, MAX_VOXELS).round().astype(int)
     return np.sort(np.argsort(-metrics.ncsnr(train.fmri, train.stimulus), kind="stable")[:MAX_VOXELS])
 
 

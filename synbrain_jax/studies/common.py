@@ -74,7 +74,10 @@ def trained(settings: Settings, seed: int, datasets: Sequence[Dataset], **change
     places = stages.folders(workdir, datasets)
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     if all((home / "bundle").exists() for home in places):
-        return [load_pretrained(home / "bundle", mesh) for home in places]
+        systems = [load_pretrained(home / "bundle", mesh) for home in places]
+        for system, dataset, home in zip(systems, datasets, places, strict=True):
+            _check_same_brain(system, dataset, home)
+        return systems
     check_batch_sizes(config, mesh)
     stages.check_starts(config)
     check_workdir(workdir, config)
@@ -85,6 +88,17 @@ def trained(settings: Settings, seed: int, datasets: Sequence[Dataset], **change
         run.export(config, models, number, dataset, validation[number], mesh, home)
         for number, (dataset, home) in enumerate(zip(datasets, places, strict=True))
     ]
+
+
+def _check_same_brain(system: SynBrain, dataset: Dataset, home: epath.Path) -> None:
+    """Raises InputError for other voxels: stimuli and numbers of trials do not tell two simulations apart."""
+    known, given = system.bundle.voxels, dataset.voxels
+    same = len(known.order) == len(given.order) and (known.ncsnr is None) == (given.ncsnr is None)
+    if not same or (known.ncsnr is not None and not np.array_equal(known.ncsnr, given.ncsnr)):
+        raise InputError(
+            f"{home}: trained on other measurements of the same stimuli than {dataset.path}; give these studies another "
+            "--workdir, or the config another name (--change name=...)"
+        )
 
 
 def _config(settings: Settings, seed: int, datasets: Sequence[Dataset], changes: dict) -> Config:

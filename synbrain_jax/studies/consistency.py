@@ -128,11 +128,17 @@ def _brain(dataset: Dataset, test: Trials, categories: Categories, draws: int) -
         subject=dataset.voxels.subject,
         test=test,
         voxels=dataset.voxels,
-        trials=Responses(test.fmri, test.stimulus, test.run),
+        trials=Responses(test.fmri, test.stimulus, _runs(test)),
         rois=every | dict(list(rois.items())[:MAX_REGIONS]),
         inside=inside,
         counts=resamples(len(test.stimulus_id), draws),
     )
+
+
+def _runs(test: Trials) -> Int[np.ndarray, "n"]:
+    """The run of each trial; where no stimulus is in two of them, or runs are unknown, each trial is its own."""
+    blocks = np.unique(np.stack([test.stimulus, test.run]), axis=1)
+    return test.run if blocks.shape[1] > len(test.stimulus_id) else np.arange(len(test.run))
 
 
 # ---- categories ------------------------------------------------------------------------------------

@@ -84,7 +84,7 @@ def judged(text: str, drawn: Row, words: str, least: float, most: float = np.inf
     """
     found = estimate(drawn)
     if found is None or found.low is None:
-        return Claim(text, None, f"{words}: no number; what it is a share of cannot be told from 0")
+        return Claim(text, None, f"{words}: no number; too little was measured twice, or what it is a share of cannot be told from 0")
     inside, outside = least <= found.low and found.high <= most, found.high < least or found.low > most
     holds = True if inside else False if outside else None
     wanted = f"at least {least:g}" if np.isinf(most) else f"{least:g} to {most:g}"
@@ -116,7 +116,8 @@ def _across_trials(results: Sequence[Result], seeds: Sequence[int]) -> Section:
         columns = ("pattern correlation of", "same stimulus", "other stimuli", "difference", "share of two trials'")
         each = ", ".join(f"{scores['sample, trial'][2][0]:.3f}" for scores in one.seeds)
         note = (
-            "Mean over stimuli, of patterns centred over stimuli. Two trials are of different runs. Difference of a "
+            "Mean over stimuli, of patterns centred over stimuli. Two trials are of different runs, if stimuli recur in "
+            "several. Difference of a "
             f"sample and a trial with seeds {', '.join(map(str, seeds))}: {each}."
         )
         tables.append(Table(f"{one.subject}: agreement of single responses", columns, tuple(rows), note))
@@ -195,7 +196,7 @@ def _selectivity(results: Sequence[Result], origin: str) -> Section:
                 ALMOST,
             ),
             judged(
-                f"{one.subject}: regions prefer the same categories in synthetic as in real data",
+                f"{one.subject}: the selectivity of regions (d') in synthetic data follows that in real data",
                 one.mean("d prime, r"),
                 "correlation of d' over regions and categories",
                 0.5,

@@ -23,6 +23,7 @@ from synbrain_jax.document import Claim, Document, Section, Table
 from synbrain_jax.evaluation import write_evaluation
 from synbrain_jax.files import read_npz, read_text
 from synbrain_jax.report import write_report
+from synbrain_jax.run_document import FEW_STIMULI
 from synbrain_jax.statistics import Estimate, VoxelR, voxel_r_intervals
 from synbrain_jax.studies.common import Settings, document, homes, mean_estimate, open_subjects, trained
 from synbrain_jax.studies.spread import calibration_section
@@ -140,6 +141,7 @@ def _prediction(
         note=(
             f"Median voxel, with 95 % bootstrap intervals over stimuli; mean of {len(reports)} seeds. The share is "
             "over voxels whose ceiling is above 0.3. The paper's columns are against single trials."
+            + " Of so few stimuli, intervals are too narrow." * (first["n_stimuli"] < FEW_STIMULI)
         ),
         best=better,
         apart=("noise_ceiling",),

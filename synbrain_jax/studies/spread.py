@@ -25,7 +25,7 @@ NAMES = {
     "ledoit_wolf": "Ledoit-Wolf",
     "resampled": "resampled residuals",
     "posterior": "BrainVAE's posterior",
-    "latent_noise": "latent noise, the paper's",
+    "latent_noise": "latent noise, the paper's (nf 1)",
     "calibrated": "calibrated",
 }
 
