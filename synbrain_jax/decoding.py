@@ -26,7 +26,7 @@ from synbrain_jax.models.token_decoder import TokenDecoder, TokenDecoderConfig
 from synbrain_jax.training import make_optimizer
 
 POOL = 300  # pictures among which the paper retrieves
-PENALTIES = tuple(10.0**power for power in (2, 1.5, 1, 0.5, 0, -0.5, -1, -1.5, -2, -3))  # strongest first
+PENALTIES = tuple(10.0**power for power in (4, 3, 2, 1.5, 1, 0.5, 0, -0.5, -1, -1.5, -2, -3))  # strongest first
 
 
 @runtime_checkable
@@ -127,7 +127,7 @@ def fit_ridges(train: Examples | Moments, penalties: Sequence[float] = PENALTIES
 
     Minimises sum_i w_i |tokens_i - decode(fmri_i)|^2 + penalty x scale x |kernel|^2. Of the scatter matrix [v v] or,
     where the examples are fewer than voxels, their weighted Gram matrix [n n], all about the weighted mean, the
-    eigenvalues are computed once for all penalties, in float64; scale is their mean.
+    eigenvalues are computed once for all penalties, in float64; scale is their sum over the number of voxels.
 
     Raises:
         InputError: all trials are the same.
@@ -136,9 +136,9 @@ def fit_ridges(train: Examples | Moments, penalties: Sequence[float] = PENALTIES
     problem = _dual(train) if dual else _primal(train if isinstance(train, Moments) else Moments.of(train))
     values, vectors = np.linalg.eigh(problem.matrix)
     values = values.clip(0)
-    scale = values.mean()
-    if scale <= 1e-12 * problem.size:
+    if values.mean() <= 1e-12 * problem.size:
         raise InputError("the trials to learn from are all the same; a decoder needs trials that differ")
+    scale = values.sum() / len(problem.mean_fmri)
     rotated = vectors.T @ problem.right
     back = vectors if problem.left is None else problem.left @ vectors
     kernels = (back @ (rotated / (values + penalty * scale)[:, None]) for penalty in penalties)

@@ -201,10 +201,11 @@ def is_study(folder: str | os.PathLike) -> bool:
 
 
 def run_folders(folder: str | os.PathLike) -> list[epath.Path]:
-    """The folder itself, or those of the subjects that were trained together in it."""
+    """The folder itself, or those in it: of subjects that were trained together, or of studies."""
     folder = epath.Path(folder)
     if folder.exists() and not is_study(folder) and not (folder / "report.json").exists():
-        return sorted(path.parent for path in folder.glob("*/report.json")) or [folder]
+        inside = {path.parent for name in ("report.json", DOCUMENT) for path in folder.glob(f"*/{name}")}
+        return sorted(inside) or [folder]
     return [folder]
 
 

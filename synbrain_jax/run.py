@@ -7,6 +7,7 @@ Shape letters: n trials, v voxels, t tokens, d token width.
 """
 
 import dataclasses
+import os
 from collections.abc import Sequence
 
 import numpy as np
@@ -45,10 +46,15 @@ class Residuals:
 
 
 def train(
-    config: Config, datasets: Sequence[Dataset], validation: Sequence[Trials], mesh: Mesh, workdir: epath.Path
+    config: Config,
+    datasets: Sequence[Dataset],
+    validation: Sequence[Trials],
+    mesh: Mesh,
+    workdir: str | os.PathLike,
 ) -> Trained:
     """Trains BrainVAE and the mapper, and the mappers that have not seen a part of the trials, as configured."""
-    homes, folds = stages.folders(workdir, datasets), config.variability.folds
+    workdir, folds = epath.Path(workdir), config.variability.folds
+    homes = stages.folders(workdir, datasets)
     if folds > 1:  # after the training it would be late to say that there is too little to hold out
         for dataset in datasets:
             _fold(_group(dataset, load_trials(dataset, "train")), folds, 0)
@@ -107,8 +113,10 @@ def _cross_fit(
         trained = Trained(whole({"brain_vae": brain_vae, "mapper": mapper}), latent_stds)
         if is_first():
             for i, part in enumerate(parts):
-                system = SynBrain(_corrected(config, trained, i, part, validation[i], mesh), mesh.local_mesh)
+                bundle = _corrected(config, trained, i, part, validation[i], mesh.local_mesh)
+                system = SynBrain(bundle, mesh.local_mesh)
                 residuals[i][masks[i]] = _off(system, load_trials(part, HELD_OUT))
+        barrier()
     if is_first():
         for home, values, group in zip(homes, residuals, groups, strict=True):
             _save(home, Residuals(values, group))

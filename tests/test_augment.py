@@ -54,9 +54,11 @@ def numbers(start: int, stop: int) -> list[str]:
 
 @pytest.fixture(scope="module")
 def people(tmp_path_factory):
-    """The first saw a picture that the second is tested with, one that it learns from, and one that it validates."""
+    """The first saw a picture that the second learns from, one that it validates, and in its test one of its test."""
     folder = tmp_path_factory.mktemp("people")
-    first = prepared(folder / "a", "a", [*numbers(0, 300), "900", "400", "450"], numbers(300, 310), numbers(930, 940))
+    first = prepared(
+        folder / "a", "a", [*numbers(0, 300), "400", "450"], numbers(300, 310), ["900", *numbers(930, 940)]
+    )
     second = prepared(folder / "b", "b", numbers(400, 430), numbers(450, 455), numbers(900, 930))
     return [first, second]
 
@@ -120,6 +122,9 @@ def test_large_data_are_cut_to_the_best_voxels_and_to_mean_tokens(people, monkey
     good = [3, 8, 20, 21]
     fmri[:, good] = 5 * train.stimulus[:, None] + 0.1 * fmri[:, good]
     np.testing.assert_array_equal(augment.best_voxels(dataclasses.replace(train, fmri=fmri)), good)
+    parts = {field: getattr(train, field)[::2] for field in ("fmri", "stimulus", "run", "session")}
+    once = dataclasses.replace(train, **parts)
+    np.testing.assert_array_equal(augment.best_voxels(once), [0, 10, 19, 29])
     means = train.tokens.mean(axis=1)[:, None]
     np.testing.assert_allclose(augment.decoded_tokens(train.tokens), means, atol=1e-6)
 
@@ -337,3 +342,10 @@ def test_the_figure_shows_every_amount_and_kind():
     np.testing.assert_allclose(lines["60 real pictures, mode"], [0.5] * 3)
     np.testing.assert_allclose(lines["250 real pictures, calibrated"], [0.75] * 3)
     np.testing.assert_allclose(lines["chance"], [1 / 40] * 2)
+
+
+def test_pictures_of_the_test_that_the_source_has_learnt_from_are_refused(small_study, people, tmp_path, monkeypatch):
+    leaking = prepared(tmp_path / "c", "c", [*numbers(0, 20), "901"], [*numbers(20, 25), "902"], numbers(30, 40))
+    monkeypatch.setattr(augment, "open_subjects", lambda settings: [leaking, people[1]])
+    with pytest.raises(InputError, match=r"2 test stimuli of .*, '901' among them, are training or validation"):
+        augment.study(small_study)

@@ -223,6 +223,16 @@ def test_coverage_is_that_of_the_intervals_of_each_distribution():
         assert found["drawn"].coverage[str(level)] == pytest.approx(expected, abs=0.02)
 
 
+def test_a_voxel_that_is_always_0_has_no_say():
+    dead = Spread(np.pad(FACTOR, ((0, 1), (0, 0))), np.pad(SPREAD.independent, (0, 1)))
+    fmri = np.pad(TRIALS.fmri, ((0, 0), (0, 1)))
+    rows = {"calibrated": dead}
+    found = scores(np.pad(PREDICTION, ((0, 0), (0, 1))), dataclasses.replace(TRIALS, fmri=fmri), rows, KEY, samples=10)
+    for name in ("coverage", "crps", "variance_ratio"):
+        expected = getattr(scored().rows["calibrated"], name)
+        assert getattr(found.rows["calibrated"], name) == pytest.approx(expected), name
+
+
 def test_scores_of_a_row_are_means_over_trials_and_voxels():
     found = scored().rows
     sd = np.sqrt(SPREAD.variance).astype(np.float64)
@@ -262,6 +272,13 @@ def test_where_a_run_repeats_a_stimulus_its_trials_in_a_run_are_a_block():
     assert (result.block, result.n_blocks) == ("stimulus in a run", 8)
     assert result.rows["only"].energy_difference is None  # nothing to compare with
     assert result.ceiling.halves_of == "runs"
+
+
+def test_a_picture_that_comes_twice_in_a_run_now_and_then_does_not_make_runs_blocks():
+    run = TRIALS.run.copy()
+    run[[1, 4, 7]] = run[[0, 3, 6]]
+    result = scores(PREDICTION, dataclasses.replace(TRIALS, run=run), {"only": SPREAD}, KEY, samples=10)
+    assert (result.block, result.n_blocks, result.ceiling.halves_of) == ("stimulus", 20, "stimuli")
 
 
 # ---- noise correlations --------------------------------------------------------------------------

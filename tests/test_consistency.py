@@ -1,6 +1,7 @@
 """What synthetic and real responses have in common: against SciPy, brute force over draws, and simulations whose truth
 is known; and the study from a trained tiny system to its page."""
 
+import dataclasses
 import itertools
 import types
 
@@ -375,6 +376,19 @@ def test_samples_that_hardly_vary_are_told_from_trials(studied):
     claims = held(studied(np.arange(40), 0.1))
     assert claims["subject 1: a synthetic sample agrees with a real trial as well as another trial does"] is True
     assert claims["subject 1: a synthetic sample agrees with a real trial as it does with another sample"] is False
+
+
+def test_without_runs_trials_of_one_stimulus_are_compared_all_the_same():
+    dataset, test, _ = known_brain(1, np.random.default_rng(0).normal(size=(8, 3)))
+    categories = the_study.categories_of(None, [test])
+    brain = the_study._brain(dataset, test, categories, draws=5)
+    np.testing.assert_array_equal(brain.trials.run, test.run)
+    unknown = dataclasses.replace(test, run=np.zeros_like(test.run))
+    found = the_study._measured(the_study._brain(dataset, unknown, categories, draws=5), splits=1)
+    expected = the_study._measured(brain, splits=1)
+    # As every trial of a stimulus has a run of its own, its pairs are the same.
+    np.testing.assert_allclose(found["trial, trial"][0], expected["trial, trial"][0], atol=1e-6)
+    assert "t map, again" in found
 
 
 def test_categories_come_from_a_file(studied, tmp_path):

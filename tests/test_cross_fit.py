@@ -86,6 +86,13 @@ def test_parts_are_disjoint_whole_groups_and_everything():
         run._fold(group, 8, 0)
 
 
+def test_too_little_to_hold_out_is_said_before_anything_is_trained(tiny_dataset, mesh, tmp_path, monkeypatch):
+    config = dataclasses.replace(CONFIG, variability=VariabilityConfig(folds=100, ranks=(0, 1)))
+    monkeypatch.setattr(run, "fit", None)
+    with pytest.raises(InputError, match=r"variability\.folds is 100"):
+        run.train(config, [tiny_dataset], [load_trials(tiny_dataset, "validation")], mesh, epath.Path(tmp_path))
+
+
 def test_new_stimuli_are_held_out_where_the_test_has_new_ones(tmp_path):
     rng = np.random.default_rng(0)
     stimulus = np.repeat(np.arange(12), 2)
@@ -159,3 +166,8 @@ def test_any_bundle_can_be_calibrated(tiny_dataset, mesh, tmp_path):
     few = dataclasses.replace(expected, voxels=expected.voxels.select(np.arange(7)))
     with pytest.raises(InputError, match=r"40 voxels of .* but the model synthesises 7"):
         run.calibrated(few, tiny_dataset, mesh)
+    index = tiny_dataset._index["validation"]
+    first = index.only(np.arange(len(index.row)) == 0)
+    one = dataclasses.replace(tiny_dataset, _index={**tiny_dataset._index, "validation": first})
+    with pytest.raises(InputError, match="validation trials are of one stimulus"):
+        run.calibrated(expected, one, mesh)

@@ -36,7 +36,7 @@ def targets(trials: Examples) -> np.ndarray:
 
 
 def by_scikit_learn(trials: Examples, penalty: float, size: int, new: np.ndarray) -> np.ndarray:
-    """Its penalty is absolute: the mean of `size` eigenvalues, which add up to the weighted squares about the mean."""
+    """Its penalty is absolute: a share of all eigenvalues, which add up to the weighted squares about the mean."""
     mean = np.average(trials.fmri, axis=0, weights=trials.weight)
     scale = (trials.weight[:, None] * (trials.fmri - mean) ** 2).sum() / size
     ridge = sklearn.linear_model.Ridge(penalty * scale, solver="svd")
@@ -48,7 +48,7 @@ def by_scikit_learn(trials: Examples, penalty: float, size: int, new: np.ndarray
 def test_ridge_equals_scikit_learns_with_more_and_with_fewer_trials_than_voxels(voxels):
     trials, new = examples(voxels=voxels), RNG.normal(size=(5, voxels)).astype(np.float32)
     for penalty, decoder in zip(decoding.PENALTIES, decoding.fit_ridges(trials), strict=True):
-        expected = by_scikit_learn(trials, penalty, min(voxels, 40), new)
+        expected = by_scikit_learn(trials, penalty, voxels, new)
         decoded = decoder.decode(new)
         assert decoded.dtype == np.float32
         np.testing.assert_allclose(decoded, expected, rtol=2e-4, atol=2e-4)

@@ -12,6 +12,7 @@ from matplotlib.image import imread
 
 from synbrain_jax import figures, files, report
 from synbrain_jax.data.voxels import Voxels
+from synbrain_jax.document import Document, Section
 from synbrain_jax.errors import InputError
 from synbrain_jax.run_files import read_curves
 
@@ -351,6 +352,16 @@ def test_write_report_leaves_table_and_pictures(tmp_path, geometry, without):
         assert picture.shape[1] > 1000
         assert picture[..., :3].std() > 0.05
         assert (workdir / link).stat().st_size < 300_000
+
+
+def test_a_folder_of_studies_stands_for_them(tmp_path):
+    assert report.run_folders(tmp_path) == [tmp_path]
+    for name in ("encode-x", "adapt-x", "data"):
+        (tmp_path / name).mkdir()
+        if name != "data":
+            Document(name, {}, (Section("s"),)).save(tmp_path / name)
+    assert report.run_folders(tmp_path) == [tmp_path / "adapt-x", tmp_path / "encode-x"]
+    assert report.run_folders(tmp_path / "adapt-x") == [tmp_path / "adapt-x"]
 
 
 def test_resumed_log_counts_the_last_attempt_and_skips_a_line_cut_short(tmp_path):

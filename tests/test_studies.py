@@ -1,13 +1,19 @@
 """Every study from simulated files to its page, by the commands, in two minutes: `--quick`, two seeds, tiny models."""
 
+import dataclasses
 import json
 import shlex
 from pathlib import Path
 
 import pytest
+import tiny
+from etils import epath
 
 from synbrain_jax import cli, run
+from synbrain_jax.checkpoint import Bundle, save_bundle
 from synbrain_jax.document import load
+from synbrain_jax.errors import InputError
+from synbrain_jax.studies.common import Settings, homes, trained
 
 SIMULATED = shlex.split("""
     --subjects 2 --sessions 2 --stimuli 120 --voxels 60 --picture-size 8 --token-shape 4 8 --ncsnr 1.5 --nonlinear 0
@@ -31,6 +37,20 @@ def experiment(folder: Path, study: str, *options: str) -> None:
     changes = [*shlex.split(TINY), f"data.source={folder / 'sim'}", f"data.tokens={folder / 'sim' / 'tokens'}"]
     where = ["--workdir", str(folder / "studies"), "--seeds", "0", "1", "--quick"]
     cli.main(["experiment", study, "nsd_sim", "--change", *changes, *where, *options])
+
+
+def test_a_system_of_other_measurements_of_the_same_stimuli_is_not_taken(tiny_dataset, tmp_path):
+    config, voxels = tiny.config(), tiny_dataset.voxels
+    settings = Settings(config, epath.Path(tmp_path))
+    (home,) = homes(settings, 0, [tiny_dataset])
+    save_bundle(
+        home / "bundle", Bundle.uncorrected(config, tiny.random_params(config), voxels, tiny_dataset.name, None)
+    )
+    (system,) = trained(settings, 0, [tiny_dataset])
+    assert system.bundle.dataset == tiny_dataset.name
+    for other in (dataclasses.replace(voxels, ncsnr=voxels.ncsnr + 1), dataclasses.replace(voxels, ncsnr=None)):
+        with pytest.raises(InputError, match="trained on other measurements of the same stimuli"):
+            trained(settings, 0, [dataclasses.replace(tiny_dataset, voxels=other)])
 
 
 def test_every_study_ends_with_a_page_and_needs_nothing_twice(folder, capsys, monkeypatch):

@@ -1,6 +1,7 @@
 """The study of adaptation: what is trained on which data, what is kept, and what its numbers are said to show."""
 
 import dataclasses
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,6 +10,7 @@ import tiny
 from etils import epath
 
 from synbrain_jax import metrics
+from synbrain_jax.adaptation import adapted_config
 from synbrain_jax.baselines import baseline_predictions
 from synbrain_jax.config import DataConfig
 from synbrain_jax.data.pairs import load_trials
@@ -148,6 +150,47 @@ def test_one_subject_is_not_enough(settings):
     alone = dataclasses.replace(settings, config=dataclasses.replace(settings.config, data=data))
     with pytest.raises(InputError, match=r"names one person; .* --change data\.subjects=\[1,2\]"):
         study(alone)
+
+
+def test_what_is_kept_is_of_this_data_set(settings, two_subjects, calls, tmp_path):
+    """And not of another of the same person."""
+    study(settings)
+    moved = tmp_path.joinpath("moved", *two_subjects[1].path.parts[-3:])
+    shutil.copytree(two_subjects[1].path, moved)
+    data = dataclasses.replace(settings.config.data, more_sources=(str(moved),))
+    study(dataclasses.replace(settings, config=dataclasses.replace(settings.config, data=data)))
+    paths = [path for _, path, _, _ in calls.adapted]
+    assert paths == [two_subjects[1].path] * 2 + [epath.Path(moved)] * 2
+    assert len({at for _, _, at, _ in calls.adapted}) == 4
+
+
+def test_scratch_is_stopped_and_chosen_as_the_adapted_system_is(settings, calls):
+    """Whatever the config says: the paper's takes the last step, or stops by a training loss."""
+    config = settings.config
+    stage1 = dataclasses.replace(config.stage1, select="last", stop_below=5.0, start_from="last.pth")
+    stage2 = dataclasses.replace(config.stage2, select="last", start_from="last.pt")
+    changed = dataclasses.replace(config, stage1=stage1, stage2=stage2)
+    study(dataclasses.replace(settings, config=changed, seeds=(0,)))
+    (changes,) = [changes for _, _, changes in calls.trained if changes]
+    (how,) = [how for *_, how in calls.adapted]
+    adapted = adapted_config(changed, "", how)
+    for name in ("stage1", "stage2"):
+        scratch, tuned = changes[name], getattr(adapted, name)
+        assert scratch.start_from is None
+        assert scratch.select.startswith("val/")
+        assert (scratch.select, scratch.patience) == (tuned.select, tuned.patience)
+    assert changes["stage1"].stop_below is adapted.stage1.stop_below is None
+
+
+def test_the_ceiling_is_of_repeats_and_not_of_the_trials_of_a_run(two_subjects):
+    new, test = two_subjects[1], load_trials(two_subjects[1], "test")
+    order = np.repeat(np.arange(len(test.stimulus)), 6)
+    run = np.resize([0, 0, 0, 1, 1, 1], len(order)).astype(np.int32)
+    blocks = dataclasses.replace(test, fmri=test.fmri[order], stimulus=test.stimulus[order], run=run, session=0 * run)
+    power = new.voxels.ncsnr.astype(float) ** 2
+    np.testing.assert_allclose(room.ceiling_r(new, blocks), np.sqrt(power / (power + 1 / 2)), rtol=1e-6)
+    unknown = dataclasses.replace(new, voxels=dataclasses.replace(new.voxels, ncsnr=None))
+    assert room.ceiling_r(unknown, blocks) is None
 
 
 # ---- what the numbers say ------------------------------------------------------------------------

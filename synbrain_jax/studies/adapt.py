@@ -33,7 +33,16 @@ from synbrain_jax.errors import InputError
 from synbrain_jax.evaluation import MIN_CEILING_R, stimulus_targets
 from synbrain_jax.files import read_npz, write_bytes, write_npz
 from synbrain_jax.statistics import Estimate, VoxelR, voxel_r_intervals
-from synbrain_jax.studies.common import Settings, document, homes, mean_estimate, open_subjects, trained
+from synbrain_jax.studies.common import (
+    Settings,
+    check_unseen,
+    document,
+    homes,
+    mean_estimate,
+    mesh_of,
+    open_subjects,
+    trained,
+)
 
 STIMULI = (250, 500, 1000, 2000, 4000, 8000)
 VALIDATION_SHARE, PATIENCE = 0.1, 3
@@ -64,6 +73,8 @@ def study(settings: Settings) -> Document:
             "data.subjects names one person; the study of adaptation needs another: --change data.subjects=[1,2], or "
             "for prepared data data.more_sources"
         )
+    for new in others:
+        check_unseen(new, [source])
     sections = [_subject(settings, source, open_dataset(new.path)) for new in others]
     return document(settings, "Adaptation", started, sections)
 
@@ -112,7 +123,7 @@ def _predictions(
     def adapted() -> Float[np.ndarray, "s v"]:
         bundle = trained(settings, seed, [source])[0].bundle
         without_spread = dataclasses.replace(bundle.config, variability=scratch["variability"])
-        system = adapt(dataclasses.replace(bundle, config=without_spread), new.path, at, how)
+        system = adapt(dataclasses.replace(bundle, config=without_spread), new.path, at, how, mesh_of(settings))
         return system.predict(test.tokens)
 
     def from_scratch() -> Float[np.ndarray, "s v"]:
@@ -188,7 +199,10 @@ def section(
         title=f"{source} to {new}: {what}, {n_stimuli} test stimuli",
         columns=("learnt from", "trials", *ROWS.values()),
         rows=tuple((amount.name, amount.trials, *(rows[row] for row in ROWS)) for amount, rows in values.items()),
-        note=f"With 95 % bootstrap intervals over stimuli; mean of {len(settings.seeds)} seeds.",
+        note=(
+            f"With 95 % bootstrap intervals over stimuli: means of {len(settings.seeds)} seeds' values, and of their "
+            "intervals' ends."
+        ),
     )
     differences = Table(
         title=f"Adapted less another, {what}, by seed",

@@ -9,7 +9,8 @@ learnt from them. With one subject, the system is trained on those few pictures 
 
 What is chosen (penalty, weight of synthetic trials, when to stop, how many synthetic trials) is chosen by a share of
 the few real pictures. Above 4,000 voxels, those of the highest signal-to-noise ratio in the few real trials (evenly
-spaced ones where no picture repeats) are decoded from; tokens of more than 4,096 values are averaged over their places first.
+spaced ones where no picture repeats) are decoded from; tokens of more than 4,096 values are averaged over their places
+first.
 
 Shape letters: n trials, s pictures, v voxels, t tokens, d token width.
 """
@@ -35,7 +36,7 @@ from synbrain_jax.decoding import Decoder, Examples, Moments, NetworkSettings
 from synbrain_jax.document import Document
 from synbrain_jax.errors import InputError
 from synbrain_jax.studies.augment_page import DECODERS, FIGURE, REAL, SCORES, Outcome, alone, arm, curves, sections
-from synbrain_jax.studies.common import Settings, document, homes, open_subjects, trained
+from synbrain_jax.studies.common import Settings, check_unseen, document, homes, mesh_of, open_subjects, trained
 from synbrain_jax.synthesis import SynBrain
 
 AMOUNTS = (60, 250)  # pictures of the new person; the paper's hour is 250
@@ -56,6 +57,8 @@ def study(settings: Settings) -> Document:
     """
     started = time.monotonic()
     subjects = open_subjects(settings)
+    if len(subjects) > 1:
+        check_unseen(subjects[1], subjects[:1])
     ratios = (1.0, 8.0) if settings.quick else RATIOS
     amounts = _amounts(subjects[-1 if len(subjects) == 1 else 1], settings.quick)
     draws = 200 if settings.quick else 2000
@@ -124,7 +127,7 @@ def _system(
     def adapted() -> SynBrain:
         source = trained(settings, seed, subjects[:1])[0].bundle
         config = dataclasses.replace(source.config, variability=from_validation)
-        return adapt(dataclasses.replace(source, config=config), small.path, home, how)
+        return adapt(dataclasses.replace(source, config=config), small.path, home, how, mesh_of(settings))
 
     return home, adapted
 
@@ -226,7 +229,7 @@ Arms = Iterator[tuple[str, Sequence[Decoder]]]
 
 def _weights(ratio: float) -> tuple[float, ...]:
     """Of a synthetic trial: that of a real one, or so that all of them count half as much as all real ones."""
-    return 1.0, 0.5 / ratio
+    return tuple(dict.fromkeys((1.0, 0.5 / ratio)))
 
 
 def _rows(trials: Examples, start: int, stop: int) -> Examples:

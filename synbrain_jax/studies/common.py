@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 from etils import epath
+from jax.sharding import Mesh
 
 from synbrain_jax import run, stages
 from synbrain_jax.checkpoint import check_workdir, claim_workdir
@@ -58,6 +59,20 @@ def open_subjects(settings: Settings) -> list[Dataset]:
     return open_data(data, settings.workdir / "data" / f"{data.builder}-{told.hexdigest()[:8]}")
 
 
+def check_unseen(new: Dataset, sources: Sequence[Dataset]) -> None:
+    """Raises InputError if a test stimulus of `new` is one that only a source has learnt from or chosen by.
+
+    Stimuli that `new` learns from itself, as where few of them repeat, are no secret.
+    """
+    secret = set(new.stimulus_ids("test")) - set(new.stimulus_ids("train"))
+    for source in sources:
+        if seen := sorted(secret.intersection(source.stimulus_ids("train") + source.stimulus_ids("validation"))):
+            raise InputError(
+                f"{len(seen)} test stimuli of {new.name}, '{seen[0]}' among them, are training or validation stimuli "
+                f"of {source.name}, from which the study begins; prepare both with a `split` that holds the same out"
+            )
+
+
 def homes(settings: Settings, seed: int, datasets: Sequence[Dataset], **changes) -> list[epath.Path]:
     """The folder of each subject's system, where `trained` keeps it, and beside it what else is known of it."""
     return stages.folders(_workdir(settings, _config(settings, seed, datasets, changes), datasets), datasets)
@@ -72,7 +87,7 @@ def trained(settings: Settings, seed: int, datasets: Sequence[Dataset], **change
     config = _config(settings, seed, datasets, changes)
     workdir = _workdir(settings, config, datasets)
     places = stages.folders(workdir, datasets)
-    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    mesh = mesh_of(settings)
     if all((home / "bundle").exists() for home in places):
         systems = [load_pretrained(home / "bundle", mesh) for home in places]
         for system, dataset, home in zip(systems, datasets, places, strict=True):
@@ -94,11 +109,17 @@ def _check_same_brain(system: SynBrain, dataset: Dataset, home: epath.Path) -> N
     """Raises InputError for other voxels: stimuli and numbers of trials do not tell two simulations apart."""
     known, given = system.bundle.voxels, dataset.voxels
     same = len(known.order) == len(given.order) and (known.ncsnr is None) == (given.ncsnr is None)
-    if not same or (known.ncsnr is not None and not np.array_equal(known.ncsnr, given.ncsnr)):
+    if not same or (known.ncsnr is not None and not np.array_equal(known.ncsnr, given.ncsnr, equal_nan=True)):
         raise InputError(
-            f"{home}: trained on other measurements of the same stimuli than {dataset.path}; give these studies another "
-            "--workdir, or the config another name (--change name=...)"
+            f"{home}: trained on other measurements of the same stimuli than {dataset.path}; give these studies "
+            "another --workdir, or the config another name (--change name=...)"
         )
+
+
+def mesh_of(settings: Settings) -> Mesh:
+    """All devices, as the config arranges them."""
+    sizes = settings.config.mesh
+    return make_mesh(sizes.data, sizes.fsdp, sizes.tensor)
 
 
 def _config(settings: Settings, seed: int, datasets: Sequence[Dataset], changes: dict) -> Config:

@@ -45,7 +45,8 @@ CLUSTERS = 5
 MAX_REGIONS = 24
 MAX_SAMPLES = 20  # per stimulus
 MAX_LATENT_VALUES = 50_000_000  # 200 MB
-_VERSION = 1  # of the numbers in a scores file
+EVERYWHERE = "all voxels"
+_VERSION = 2  # of the numbers in a scores file
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -120,7 +121,7 @@ def study(settings: Settings) -> Document:
 
 def _brain(dataset: Dataset, test: Trials, categories: Categories, draws: int) -> Brain:
     rois = {name: inside for name, inside in dataset.voxels.rois.items() if inside.sum() >= MIN_ROI_VOXELS}
-    every = {"all voxels": np.ones(dataset.n_voxels, bool)}
+    every = {EVERYWHERE: np.ones(dataset.n_voxels, bool)}
     inside = categories.masks(test.stimulus_id)
     if not inside:
         raise InputError(f"{dataset.name}: no category divides its {len(test.stimulus_id)} test stimuli into two sides")
@@ -275,13 +276,21 @@ def _mean_over_draws(drawn: Float[np.ndarray, "d c 2"]) -> Float[np.ndarray, "c 
 
 
 def _region_scores(brain: Brain, made: Responses) -> Drawn:
-    """d' [2 c r] of every region, real and synthetic; and how they correlate over regions and categories [d]."""
+    """d' [2 c r] of every region, real and synthetic; and how what regions do not share correlates [d].
+
+    Over regions and categories, each category's d' less its mean over regions, which says only how strong a stimulus
+    the category is for all. "all voxels" is no region.
+    """
     sides = []
     for one in (brain.trials, made):
         of = measure.moments(dataclasses.replace(one, fmri=measure.region_means(one.fmri, brain.rois)))
         sides.append(measure.contrasts(of, brain.masks, brain.counts).d_prime.swapaxes(0, 1))
-    r = measure.row_r(*(side.reshape(len(side), -1) for side in sides))
-    return {"d prime": np.stack([side[0] for side in sides]), "d prime, r": r}
+    found = {"d prime": np.stack([side[0] for side in sides])}
+    own = [name != EVERYWHERE for name in brain.rois]
+    if sum(own) > 1:
+        parts = [side[:, :, own] - side[:, :, own].mean(axis=2, keepdims=True) for side in sides]
+        found["d prime, r"] = measure.row_r(*(part.reshape(len(part), -1) for part in parts))
+    return found
 
 
 def _rdm_scores(brain: Brain, one: Float[np.ndarray, "s v"], another: Float[np.ndarray, "s v"]) -> np.ndarray:

@@ -40,6 +40,10 @@ class Result:
     categories: tuple[str, ...]
     rois: tuple[str, ...]
 
+    def has(self, name: str) -> bool:
+        """Whether every seed has that score."""
+        return all(name in one for one in self.seeds)
+
     def mean(self, name: str) -> Shaped[np.ndarray, "..."]:
         return np.mean([one[name] for one in self.seeds], axis=0)
 

@@ -84,7 +84,8 @@ def judged(text: str, drawn: Row, words: str, least: float, most: float = np.inf
     """
     found = estimate(drawn)
     if found is None or found.low is None:
-        return Claim(text, None, f"{words}: no number; too little was measured twice, or what it is a share of cannot be told from 0")
+        why = "too little was measured twice, or what it is a share of cannot be told from 0"
+        return Claim(text, None, f"{words}: no number; {why}")
     inside, outside = least <= found.low and found.high <= most, found.high < least or found.low > most
     holds = True if inside else False if outside else None
     wanted = f"at least {least:g}" if np.isinf(most) else f"{least:g} to {most:g}"
@@ -116,9 +117,8 @@ def _across_trials(results: Sequence[Result], seeds: Sequence[int]) -> Section:
         columns = ("pattern correlation of", "same stimulus", "other stimuli", "difference", "share of two trials'")
         each = ", ".join(f"{scores['sample, trial'][2][0]:.3f}" for scores in one.seeds)
         note = (
-            "Mean over stimuli, of patterns centred over stimuli. Two trials are of different runs, if stimuli recur in "
-            "several. Difference of a "
-            f"sample and a trial with seeds {', '.join(map(str, seeds))}: {each}."
+            "Mean over stimuli, of patterns centred over stimuli. Two trials are of different runs, where stimuli were "
+            f"shown in several. Difference of a sample and a trial with seeds {', '.join(map(str, seeds))}: {each}."
         )
         tables.append(Table(f"{one.subject}: agreement of single responses", columns, tuple(rows), note))
         claims += [
@@ -188,20 +188,23 @@ def _selectivity(results: Sequence[Result], origin: str) -> Section:
         )
         tables.append(Table(f"{one.subject}: category t maps", columns, tuple(named), note))
         tables.append(_region_table(one))
-        claims += [
+        claims.append(
             judged(
                 f"{one.subject}: synthetic t maps resemble the real ones as well as other real data would",
                 share(mean_r, mean_again),
                 "mean r of the t maps as a share of real with real",
                 ALMOST,
-            ),
-            judged(
-                f"{one.subject}: the selectivity of regions (d') in synthetic data follows that in real data",
-                one.mean("d prime, r"),
-                "correlation of d' over regions and categories",
-                0.5,
-            ),
-        ]
+            )
+        )
+        if one.has("d prime, r"):
+            claims.append(
+                judged(
+                    f"{one.subject}: where regions differ in selectivity (d'), synthetic data differ as real data do",
+                    one.mean("d prime, r"),
+                    "correlation of d' over regions and categories, less each category's mean over regions",
+                    0.5,
+                )
+            )
     text = f"Which voxels and regions respond to one category of stimuli more than to the others; {origin}."
     caption = (
         f"t maps of {results[0].subject}, first seed: real trials, as many synthetic samples, and voxel by voxel. The "
@@ -223,8 +226,11 @@ def _region_table(one: Result) -> Table:
         rows.append((name, *preferred, float(ours.max()), float(theirs[np.argmax(ours)])))
     note = (
         "d': difference of the region's mean response to the category's trials and to the others', over the root mean "
-        f"of both variances. Correlation over regions and categories: {_said(interval(one.mean('d prime, r')))}."
+        "of both variances."
     )
+    if one.has("d prime, r"):
+        r = _said(interval(one.mean("d prime, r")))
+        note += f" Correlation over regions and categories, less each category's mean over regions: {r}."
     columns = ("region", "prefers, real", "prefers, synthetic", "d' of the first, real", "d' of the first, synthetic")
     return Table(f"{one.subject}: selectivity of regions", columns, tuple(rows), note)
 

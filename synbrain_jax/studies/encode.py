@@ -134,14 +134,14 @@ def _prediction(
     better = {"voxel r": "high", share: "high"} | {
         title: "low" if "mse" in column else "high" for column, title in _COLUMNS.items()
     }
+    few = " Of so few stimuli, intervals are too narrow." if first["n_stimuli"] < FEW_STIMULI else ""
     table = Table(
         title=f"{dataset.voxels.subject}, {first['n_stimuli']} test stimuli, {first['n_voxels']:,} voxels",
         columns=("", "voxel r", share, *_COLUMNS.values()),
         rows=tuple(rows),
         note=(
             f"Median voxel, with 95 % bootstrap intervals over stimuli; mean of {len(reports)} seeds. The share is "
-            "over voxels whose ceiling is above 0.3. The paper's columns are against single trials."
-            + " Of so few stimuli, intervals are too narrow." * (first["n_stimuli"] < FEW_STIMULI)
+            f"over voxels whose ceiling is above 0.3. The paper's columns are against single trials.{few}"
         ),
         best=better,
         apart=("noise_ceiling",),
