@@ -101,7 +101,7 @@ class Calibration:
 def standard_rows(
     model: SynBrain,
     tokens: Any,
-    residuals: Float[np.ndarray, "n v"],
+    residuals: Float[np.ndarray, "n v"] | None,
     key: PRNGKeyArray,
     *,
     samples: int = SAMPLES,
@@ -116,7 +116,7 @@ def standard_rows(
 
     Args:
         tokens: [s t d], of the held-out stimuli.
-        residuals: of the training trials, to which the spread was fitted.
+        residuals: of the trials to which the spread was fitted, if they are known.
 
     Raises:
         InputError: the bundle has no spread.
@@ -126,12 +126,15 @@ def standard_rows(
         raise InputError("the bundle knows no spread of trials; learn it with `synbrain calibrate`")
     rows: dict[str, Row] = {"independent": spread.without_correlation()}
     left_out = {}
-    if residuals.shape[1] <= MAX_MATRIX_VOXELS:
+    resample_key, posterior_key, noise_key = jax.random.split(key, 3)
+    if residuals is None:
+        left_out |= dict.fromkeys(("ledoit_wolf", "resampled"), "the residuals are not at hand")
+    elif residuals.shape[1] <= MAX_MATRIX_VOXELS:
         rows["ledoit_wolf"] = ledoit_wolf(residuals)
     else:
         left_out["ledoit_wolf"] = f"needs a matrix of all voxels: above {MAX_MATRIX_VOXELS} too large"
-    resample_key, posterior_key, noise_key = jax.random.split(key, 3)
-    rows["resampled"] = resampled(residuals, resample_key, samples)
+    if residuals is not None:
+        rows["resampled"] = resampled(residuals, resample_key, samples)
     if model.bundle.latent_std is None:
         left_out["posterior"] = "the bundle does not know the spread of BrainVAE's posterior"
     else:

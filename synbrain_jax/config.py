@@ -139,6 +139,9 @@ class VariabilityConfig:
     of so many parts); 0, none, and samples cannot be calibrated."""
     ranks: tuple[int, ...] = (0, 1, 2, 5, 10, 20, 40, 80)
     """Numbers of noise patterns to choose from, by held-out likelihood."""
+    samples: int = 4000
+    """Drawn of each distribution that is scored against held-out trials; with fewer, chance moves energy scores by more
+    than distributions differ."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -214,6 +217,7 @@ class Config:
         _check(self.stage2.voxel_weight >= 0, "stage2.voxel_weight", self.stage2.voxel_weight, "at least 0")
         ranks = self.variability.ranks
         _check(self.variability.folds >= 0, "variability.folds", self.variability.folds, "at least 0")
+        _check(self.variability.samples >= 2, "variability.samples", self.variability.samples, "at least 2")
         _check(len(ranks) > 0 and min(ranks, default=0) >= 0, "variability.ranks", ranks, "one or more, at least 0")
         _check(0 <= self.seed < 2**31, "seed", self.seed, "0 to 2**31 - 1")
         _check(self.log_every >= 1, "log_every", self.log_every, "at least 1")

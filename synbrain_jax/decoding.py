@@ -1,4 +1,4 @@
-"""From measured fMRI back to the tokens of the picture that was seen: two decoders, and how well they tell pictures.
+"""From measured fMRI back to the tokens of the picture that was seen: two decoders. `retrieval.py` scores them.
 
 Whatever has `decode` can be scored, a decoder of other weights too. Ours are ridge regression in closed form, and a
 residual network that is also trained for retrieval. Both learn from single trials, each with a weight, so that
@@ -16,7 +16,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import scipy.stats
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
 from synbrain_jax import losses, metrics
@@ -25,7 +24,6 @@ from synbrain_jax.errors import InputError
 from synbrain_jax.models.token_decoder import TokenDecoder, TokenDecoderConfig
 from synbrain_jax.training import make_optimizer
 
-POOL = 300  # pictures among which the paper retrieves
 PENALTIES = tuple(10.0**power for power in (4, 3, 2, 1.5, 1, 0.5, 0, -0.5, -1, -1.5, -2, -3))  # strongest first
 
 
@@ -260,6 +258,8 @@ def fit_network(
         best, kept, waited = (score, decoder, 0) if score > best else (best, kept, waited + 1)
         if waited == settings.patience:
             break
+    if kept is None:
+        raise InputError("the network's output is not finite; look at the scale of the trials, about 1 is expected")
     return kept
 
 
@@ -323,7 +323,7 @@ def agreement(decoder: Decoder, held_out: Examples, origin: Float[np.ndarray, "t
     It is smooth where few are held out, and no more than retrieval does it see the size of what is decoded.
     """
     decoded, true = decoder.decode(held_out.fmri), held_out.tokens[held_out.stimulus]
-    cosine = np.asarray(metrics.cosine(_flat(decoded, origin), _flat(true, origin)))
+    cosine = np.asarray(metrics.cosine(rows_about(decoded, origin), rows_about(true, origin)))
     return float(np.average(cosine, weights=held_out.weight))
 
 
@@ -333,86 +333,6 @@ def choose(decoders: Iterable[Decoder], held_out: Examples, origin: Float[np.nda
     return max(scored, key=lambda pair: pair[1])
 
 
-def _flat(tokens: Float[np.ndarray, "n t d"], origin: Float[np.ndarray, "t d"]) -> Float[np.ndarray, "n f"]:
+def rows_about(tokens: Float[np.ndarray, "n t d"], origin: Float[np.ndarray, "t d"]) -> Float[np.ndarray, "n f"]:
+    """Tokens less `origin`, one row for each set of them."""
     return (tokens - origin).reshape(len(tokens), -1)
-
-
-# ---- retrieval -------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Retrieval:
-    """Per picture, so that intervals over pictures can be drawn: chance that it is told from the others of a pool."""
-
-    image: Float[np.ndarray, "s"]  # of all pictures in the pool, the one seen is most like what was decoded
-    brain: Float[np.ndarray, "s"]  # of all that was decoded in the pool, its own is most like the picture
-    two_way: Float[np.ndarray, "s"]  # what was decoded is more like the picture seen than like another one
-    pool: int  # pictures among which is retrieved; chance is 1 / pool, and 0.5 for two_way
-
-
-def retrieval(
-    decoded: Float[np.ndarray, "s t d"],
-    tokens: Float[np.ndarray, "s t d"],
-    origin: Float[np.ndarray, "t d"],
-    pool: int = POOL,
-) -> Retrieval:
-    """Retrieval by cosine about `origin`, as by the release (which has none: zeros give its numbers).
-
-    The release draws pools of 300 out of more pictures again and again; here is the mean over all possible pools, in
-    closed form: of s - 1 others k are at least as similar as the picture itself, and a pool has none of them with the
-    probability of a hypergeometric distribution. So a tie is no retrieval; in two_way it counts half.
-
-    Args:
-        decoded: what was decoded for each picture.
-        origin: what is subtracted from all tokens; the mean tokens of the decoder's training, without which pictures
-          near the mean are retrieved too often.
-        pool: pictures in a pool, or all where there are fewer.
-
-    Raises:
-        InputError: fewer than two pictures.
-    """
-    if len(tokens) < 2 or len(decoded) != len(tokens):
-        raise InputError(
-            f"{len(decoded)} decoded and {len(tokens)} true sets of tokens; retrieval needs as many of both, at least 2"
-        )
-    decoded, true = (_unit(_flat(values, origin)) for values in (decoded, tokens))
-    similarity = decoded @ true.T
-    own = np.diagonal(similarity)
-    pool = min(pool, len(tokens))
-
-    def hits(rivals: Int[np.ndarray, "s"]) -> Float[np.ndarray, "s"]:
-        return scipy.stats.hypergeom.pmf(0, len(tokens) - 1, rivals, pool - 1)
-
-    less, equal = similarity < own[:, None], similarity == own[:, None]
-    return Retrieval(
-        image=hits((similarity >= own[:, None]).sum(axis=1) - 1),
-        brain=hits((similarity >= own).sum(axis=0) - 1),
-        two_way=(less.sum(axis=1) + 0.5 * (equal.sum(axis=1) - 1)) / (len(tokens) - 1),
-        pool=pool,
-    )
-
-
-def retrieval_of_means(
-    decoder: Decoder, trials: Examples, origin: Float[np.ndarray, "t d"], pool: int = POOL
-) -> Retrieval:
-    """`retrieval` where each picture's trials are averaged before they are decoded. Every picture needs a trial."""
-    return retrieval(decoder.decode(metrics.group_means(trials.fmri, trials.stimulus)), trials.tokens, origin, pool)
-
-
-def retrieval_of_trials(
-    decoder: Decoder, trials: Examples, origin: Float[np.ndarray, "t d"], pool: int = POOL
-) -> Retrieval:
-    """Mean `retrieval` of single trials: the first of every picture, then the second, as far as all have one."""
-    rows = metrics.group_rows(trials.stimulus)
-    decoded = decoder.decode(trials.fmri)
-    rounds = [
-        retrieval(decoded[[own[r] for own in rows]], trials.tokens, origin, pool) for r in range(min(map(len, rows)))
-    ]
-    means = {name: np.mean([getattr(one, name) for one in rounds], axis=0) for name in ("image", "brain", "two_way")}
-    return Retrieval(**means, pool=rounds[0].pool)
-
-
-def _unit(rows: Float[np.ndarray, "n f"]) -> Float[np.ndarray, "n f"]:
-    rows = rows.astype(np.float64)
-    length = np.linalg.norm(rows, axis=1, keepdims=True)
-    return np.divide(rows, length, out=np.zeros_like(rows), where=length > 0)

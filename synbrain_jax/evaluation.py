@@ -276,8 +276,9 @@ def write_evaluation(
 
     Args:
         shift_tokens: as a control, the model is given the tokens of stimulus i + shift_tokens for stimulus i.
-        residuals: of the trials to which the bundle's spread was fitted; then its samples are scored against trials,
-          beside what they must beat: "calibration" in the report, a `calibration.Calibration`.
+        residuals: of the trials to which the bundle's spread was fitted. Where it has one, its samples are scored
+          against trials, beside what they must beat: "calibration" in the report, a `calibration.Calibration`; without
+          the residuals, two of these rows are left out.
         noise: the true distribution of the trials' noise, where it is known.
 
     Returns:
@@ -305,7 +306,7 @@ def write_evaluation(
     )
     controls = {"shifted_tokens_pattern_r_centred": shifted_tokens_control(model.predict, test)}
     report = {**evaluation.report, "subject": dataset.voxels.subject, "gain": model.bundle.gain, "controls": controls}
-    if residuals is not None and model.bundle.spread is not None:
+    if model.bundle.spread is not None:
         report["calibration"] = _calibration(model, prediction, test, residuals, noise)
     stimuli = np.unique(np.linspace(0, len(test.stimulus_id) - 1, SAMPLED_STIMULI).round().astype(int))
     own = np.isin(test.stimulus, stimuli)
@@ -324,12 +325,13 @@ def _calibration(
     model: SynBrain,
     prediction: Float[np.ndarray, "s v"],
     test: Trials,
-    residuals: Float[np.ndarray, "m v"],
+    residuals: Float[np.ndarray, "m v"] | None,
     noise: Spread | None,
 ) -> dict[str, Any]:
     rows_key, scores_key = jax.random.split(jax.random.key(1))
-    rows, left_out = calibration.standard_rows(model, test.tokens, residuals, rows_key)
-    scored = calibration.scores(prediction, test, rows, scores_key, truth=noise)
+    samples = model.bundle.config.variability.samples
+    rows, left_out = calibration.standard_rows(model, test.tokens, residuals, rows_key, samples=samples)
+    scored = calibration.scores(prediction, test, rows, scores_key, truth=noise, samples=samples)
     return {**dataclasses.asdict(scored), "left_out": left_out, "nll_of_ranks": model.bundle.spread.nll}
 
 

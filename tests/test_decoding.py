@@ -14,6 +14,7 @@ from synbrain_jax.decoding import Examples, LinearDecoder, Moments, NetworkSetti
 from synbrain_jax.errors import InputError
 from synbrain_jax.interop import released_metrics
 from synbrain_jax.models.token_decoder import TokenDecoder, TokenDecoderConfig
+from synbrain_jax.retrieval import retrieval, retrieval_of_means, retrieval_of_trials
 
 RNG = np.random.default_rng(0)
 
@@ -240,7 +241,7 @@ def test_retrieval_is_the_mean_over_every_pool(pool):
         for place, picture in enumerate(chosen):
             hits["image"][picture].append(similarity[place].argmax() == place)
             hits["brain"][picture].append(similarity[:, place].argmax() == place)
-    result = decoding.retrieval(decoded, tokens, NOWHERE, pool)
+    result = retrieval(decoded, tokens, NOWHERE, pool)
     for name, each in hits.items():
         expected = [np.mean(one) for one in each]
         assert 0.2 < np.mean(expected) < 0.95
@@ -255,28 +256,28 @@ def test_two_way_is_the_share_of_other_pictures_that_are_less_alike():
     decoded, tokens = pairs(20, noise=1.5)
     cosine = np.array([[np.vdot(a, b) / np.linalg.norm(a) / np.linalg.norm(b) for b in tokens] for a in decoded])
     expected = [np.mean(np.delete(row, i) < row[i]) for i, row in enumerate(cosine)]
-    result = decoding.retrieval(decoded, tokens, NOWHERE)
+    result = retrieval(decoded, tokens, NOWHERE)
     np.testing.assert_allclose(result.two_way, expected, atol=1e-12)
     assert 0.6 < result.two_way.mean() < 0.99
 
 
 def test_nothing_decoded_is_at_chance():
     _, tokens = pairs(9, noise=1.0)
-    result = decoding.retrieval(np.ones_like(tokens), tokens, NOWHERE)
+    result = retrieval(np.ones_like(tokens), tokens, NOWHERE)
     assert result.image.sum() == 1  # the picture that is most like what is always decoded
     assert result.brain.sum() == 0  # all alike: a tie is no retrieval
     assert result.two_way.mean() == pytest.approx(0.5)
-    nothing = decoding.retrieval(np.zeros_like(tokens), tokens, NOWHERE)
+    nothing = retrieval(np.zeros_like(tokens), tokens, NOWHERE)
     np.testing.assert_array_equal([nothing.image, nothing.brain, nothing.two_way], [[0] * 9, [0] * 9, [0.5] * 9])
 
 
 def test_what_all_tokens_share_does_not_matter_about_their_mean():
     """What is decoded from noisy trials lies too near the mean, and so do then the pictures retrieved."""
     decoded, tokens = pairs(40, noise=1.0)
-    plain, moved = (decoding.retrieval(0.25 * decoded + by, tokens + by, NOWHERE + by) for by in (0, 16))
+    plain, moved = (retrieval(0.25 * decoded + by, tokens + by, NOWHERE + by) for by in (0, 16))
     np.testing.assert_array_equal(moved.image, plain.image)
     np.testing.assert_array_equal(moved.brain, plain.brain)
-    not_centred = decoding.retrieval(0.25 * decoded + 16, tokens + 16, NOWHERE)
+    not_centred = retrieval(0.25 * decoded + 16, tokens + 16, NOWHERE)
     assert not_centred.image.mean() < 0.7 * plain.image.mean()
 
 
@@ -287,20 +288,20 @@ def test_means_and_single_trials():
     trials = Examples.alike(
         np.concatenate([flat, np.roll(flat, -1, axis=0), flat[:1]]), tokens, np.r_[np.arange(8), np.arange(8), 0]
     )
-    single = decoding.retrieval_of_trials(Told(), trials, NOWHERE)
+    single = retrieval_of_trials(Told(), trials, NOWHERE)
     np.testing.assert_array_equal(single.image, np.full(8, 0.5))
     np.testing.assert_array_equal(single.brain, np.full(8, 0.5))
     assert single.pool == 8
     expected = np.stack([flat[i] + flat[(i + 1) % 8] for i in range(8)])
     expected[0] += flat[0]
-    whole = decoding.retrieval(expected.reshape(8, 2, 3), tokens, NOWHERE)
-    np.testing.assert_array_equal(decoding.retrieval_of_means(Told(), trials, NOWHERE).two_way, whole.two_way)
+    whole = retrieval(expected.reshape(8, 2, 3), tokens, NOWHERE)
+    np.testing.assert_array_equal(retrieval_of_means(Told(), trials, NOWHERE).two_way, whole.two_way)
     assert whole.two_way.mean() > single.two_way.mean()
 
 
 def test_a_pool_of_one_picture_is_refused():
     with pytest.raises(InputError, match="1 decoded and 1 true"):
-        decoding.retrieval(*pairs(1, noise=0), NOWHERE)
+        retrieval(*pairs(1, noise=0), NOWHERE)
 
 
 def test_linear_decoder_is_affine():

@@ -143,7 +143,7 @@ TINY = shlex.split("""
     --brain-vae.pool-length 32 --brain-vae.channels 4 --brain-vae.channel-mult 2 --brain-vae.projector-width 16
     --mapper.depth 1 --log-every 1 --stage1.batch-size 8 --stage2.batch-size 8 --stage1.average-share 0.5
     --stage1.steps 12 --stage1.eval-every 4 --stage2.steps 8 --stage2.eval-every 4 --stage1.contrast-size 4
-    --variability.folds 2 --variability.ranks 0 1
+    --variability.folds 2 --variability.ranks 0 1 --variability.samples 100
 """)
 
 

@@ -56,7 +56,7 @@ FLOORS = [
     ["brain_figures", "data.nsd_download", "run_files", "studies.consistency_figures"],
     ["data.batches", "data.builder", "data.simulate", "synthesis", "training", "run_document", "baselines"],
     ["interop.torch_weights", "encoding", "decoding", "calibration", "report", "studies.augment_page"],
-    ["interop.torch_training", "studies.consistency_page"],
+    ["interop.torch_training", "studies.consistency_page", "retrieval"],
     ["data.arrays", "data.haxby", "data.nsd", "stages", "evaluation"],
     ["data", "plan.programs", "run"],
     ["plan.roofline", "adaptation", "studies.common"],

@@ -18,6 +18,7 @@ TRAINED = shlex.split("""
     --brain-vae.pool-length 32 --brain-vae.channels 4 --brain-vae.channel-mult 1 2 --brain-vae.projector-width 16
     --brain-vae.latent-tokens 0 --brain-vae.latent-dim 0 --mapper.tokens 0 --mapper.width 0 --mapper.depth 1
     --stage1.steps 300 --stage1.eval-every 150 --stage2.steps 100 --stage2.eval-every 50 --log-every 50
+    --variability.folds 1 --variability.ranks 0 2 --variability.samples 200
 """)
 
 

@@ -22,6 +22,7 @@ from synbrain_jax.checkpoint import load_bundle
 TINY = shlex.split("""
     --brain-vae.pool-length 32 --brain-vae.channels 4 --brain-vae.channel-mult 1 2 --brain-vae.projector-width 16
     --mapper.depth 1 --log-every 2 --stage1.steps 32 --stage1.eval-every 4 --stage2.steps 32 --stage2.eval-every 4
+    --variability.folds 2 --variability.ranks 0 1 --variability.samples 100
 """)
 
 

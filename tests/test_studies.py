@@ -22,7 +22,7 @@ TINY = """
     brain_vae.pool_length=32 brain_vae.channels=4 brain_vae.channel_mult=[2] brain_vae.projector_width=16
     brain_vae.latent_tokens=0 brain_vae.latent_dim=0 mapper.tokens=0 mapper.width=0 mapper.depth=1
     stage1.steps=30 stage1.eval_every=15 stage2.steps=30 stage2.eval_every=15 variability.folds=2
-    variability.ranks=[0,2] data.subjects=[1,2]
+    variability.ranks=[0,2] variability.samples=200 data.subjects=[1,2]
 """
 
 

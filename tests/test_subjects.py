@@ -21,7 +21,7 @@ from synbrain_jax.report import write_report
 SMALL = shlex.split("""
     --brain-vae.pool-length 32 --brain-vae.channels 4 --brain-vae.channel-mult 2 --brain-vae.projector-width 16
     --mapper.depth 1 --log-every 2 --stage1.steps 16 --stage1.eval-every 4 --stage1.batch-size 8 --stage2.steps 12
-    --stage2.eval-every 4 --stage2.batch-size 4
+    --stage2.eval-every 4 --stage2.batch-size 4 --variability.ranks 0 1 --variability.samples 100
 """)
 
 

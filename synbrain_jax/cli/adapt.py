@@ -1,5 +1,8 @@
 """`synbrain adapt`: a trained system, for another brain."""
 
+import shlex
+import sys
+import time
 from pathlib import Path
 from typing import Annotated
 
@@ -35,12 +38,16 @@ def adapt(
     from synbrain_jax.evaluation import write_evaluation
     from synbrain_jax.report import write_report
     from synbrain_jax.run import residuals_of
+    from synbrain_jax.run_files import write_facts
     from synbrain_jax.sharding import make_mesh
 
+    started = time.monotonic()
     devices = make_mesh(mesh.data, mesh.fsdp, mesh.tensor)
     system = adaptation.adapt(load_bundle(source), data, workdir, settings, devices)
     if system is not None:
         # The baselines learn from all of the little data, and do not need the held-out share.
         little = open_dataset(data).limited(settings.sessions, settings.stimuli)
         write_evaluation(system, little, workdir, residuals=residuals_of(epath.Path(workdir)))
+        command = shlex.join(["synbrain", *sys.argv[1:]])
+        write_facts(workdir, command, time.monotonic() - started, settings.seed)
         print(write_report(workdir))

@@ -35,6 +35,7 @@ from synbrain_jax.data.tokens import StoredTokens
 from synbrain_jax.decoding import Decoder, Examples, Moments, NetworkSettings
 from synbrain_jax.document import Document
 from synbrain_jax.errors import InputError
+from synbrain_jax.retrieval import retrieval_of_means, retrieval_of_trials
 from synbrain_jax.studies.augment_page import DECODERS, FIGURE, REAL, SCORES, Outcome, alone, arm, curves, sections
 from synbrain_jax.studies.common import Settings, check_unseen, document, homes, mesh_of, open_subjects, trained
 from synbrain_jax.synthesis import SynBrain
@@ -168,7 +169,7 @@ def _decode(
         for of_arm, decoders in fits[name](train, held_out, synthetic, ratios, seed):
             decoder, agreement = decoding.choose(decoders, held_out, origin)
             yield f"{name}/{of_arm}/agreement", np.array(agreement)
-            for way, score in (("", decoding.retrieval_of_means), ("trial_", decoding.retrieval_of_trials)):
+            for way, score in (("", retrieval_of_means), ("trial_", retrieval_of_trials)):
                 told = score(decoder, test, origin)
                 yield from ((f"{name}/{of_arm}/{way}{which}", getattr(told, which)) for which in SCORES)
     yield "pool", np.array(told.pool)

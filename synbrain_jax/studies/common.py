@@ -130,7 +130,7 @@ def _config(settings: Settings, seed: int, datasets: Sequence[Dataset], changes:
 def _workdir(settings: Settings, config: Config, datasets: Sequence[Dataset]) -> epath.Path:
     """A folder for this config and these trials; where the data set's files are does not matter."""
     what = dataclasses.asdict(dataclasses.replace(config, seed=0))
-    del what["data"], what["log_every"], what["mesh"]
+    del what["data"], what["log_every"], what["mesh"], what["variability"]["samples"]
     told = hashlib.sha256(json.dumps(what, sort_keys=True).encode())
     for dataset in datasets:
         told.update(f"{dataset.name} {dataset.voxels.normalisation} {config.data.voxel_order}".encode())
@@ -147,6 +147,7 @@ def _workdir(settings: Settings, config: Config, datasets: Sequence[Dataset]) ->
 def document(settings: Settings, title: str, started: float, sections: Sequence[Section]) -> Document:
     """A study's result. `started` is `time.monotonic()` of then; what was there before took none of its time."""
     made = facts(settings.command, time.monotonic() - started, settings.seeds)
+    made["time of the last start"] = made.pop("time")
     return Document(f"{title}: {settings.config.name}", made, tuple(sections))
 
 

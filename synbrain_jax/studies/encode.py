@@ -17,17 +17,18 @@ from jaxtyping import Float
 
 from synbrain_jax import metrics, run
 from synbrain_jax.data.pairs import Dataset
-from synbrain_jax.document import Claim, Document, Section, Table, cell_text
+from synbrain_jax.document import Claim, Document, Figure, Section, Table, cell_text
 from synbrain_jax.evaluation import MIN_CEILING_R, write_evaluation
-from synbrain_jax.files import read_npz
+from synbrain_jax.files import read_npz, write_bytes
 from synbrain_jax.report import write_report
-from synbrain_jax.run_document import run_document
+from synbrain_jax.run_document import CAPTIONS, run_document
 from synbrain_jax.run_files import Run, read_run
 from synbrain_jax.statistics import voxel_r_intervals
 from synbrain_jax.studies.common import Settings, document, homes, open_subjects, trained
 from synbrain_jax.studies.spread import calibration_section
 from synbrain_jax.variability import Spread
 
+SHOWN = ("voxel_r", "samples", "slices")
 AIM = 0.8  # share of the true ceiling that is asked of the model on the simulation
 
 
@@ -43,13 +44,16 @@ def study(settings: Settings) -> Document:
         for system, dataset, truth, home in zip(systems, datasets, truths, places[seed], strict=True):
             if not (home / "report.txt").exists():
                 noise = None if truth is None else truth.noise
-                write_evaluation(system, dataset, home, residuals=run.residuals_of(home), noise=noise)
+                shift = settings.config.data.shift_test_tokens
+                residuals = run.residuals_of(home)
+                write_evaluation(system, dataset, home, shift_tokens=shift, residuals=residuals, noise=noise)
                 write_report(home)
     sections = []
     for number, dataset in enumerate(datasets):
         runs = [read_run(places[seed][number]) for seed in settings.seeds]
         response = None if truths[number] is None else truths[number].response
         sections += _subject(dataset, runs, response, 200 if settings.quick else 2000)
+        sections.append(_pictures(dataset.voxels.subject, runs[0], settings.folder("encode")))
     return document(settings, "Encoding", started, sections)
 
 
@@ -91,6 +95,17 @@ def _subject(
     if all("calibration" in one.report for one in runs):
         found.append(calibration_section(dataset, [one.report["calibration"] for one in runs]))
     return found
+
+
+def _pictures(subject: str, one: Run, folder: epath.Path) -> Section:
+    """The figures of one run, copied to the study's."""
+    shown = []
+    for name in SHOWN:
+        drawn = one.workdir / "figures" / f"{name}.png"
+        if drawn.exists():
+            write_bytes(folder / f"{subject}_{name}.png", drawn.read_bytes())
+            shown.append(Figure(f"{subject}_{name}", CAPTIONS[name]))
+    return Section(f"Figures, {subject}", f"Of seed {one.config.seed}.", figures=tuple(shown))
 
 
 def _against_truth(subject: str, runs: Sequence[Run], truth: Float[np.ndarray, "s v"], draws: int) -> Section:
