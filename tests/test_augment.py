@@ -139,7 +139,7 @@ def test_decoders_learn_from_real_trials_and_the_first_synthetic_ones(monkeypatc
     train, synthetic, new = trials(10), trials(40), rng.normal(size=(5, 3))
     expected = {
         REAL: [train],
-        "+ 0.5x mode": [train.with_more(augment._rows(synthetic, 0, 5), weight) for weight in (1.0, 1.0)],
+        "+ 0.5x mode": [train.with_more(augment._rows(synthetic, 0, 5), weight) for weight in (1.0,)],
         "+ 4x mode": [train.with_more(synthetic, weight) for weight in (1.0, 0.125)],
         "4x mode alone": [synthetic],
     }
@@ -217,7 +217,7 @@ def test_the_system_learns_from_the_few_real_pictures_alone(people, tmp_path, mo
         called.append((seed, datasets, changes))
         return [SimpleNamespace(bundle=Bundle(tiny.config(), {}, datasets[0].voxels, "a", None, np.zeros(VOXELS), 1.0))]
 
-    def adapting(source, data, workdir, how):
+    def adapting(source, data, workdir, how, mesh):
         called.append((source.config.variability.folds, data, workdir, how))
         return adapted
 
@@ -348,4 +348,4 @@ def test_pictures_of_the_test_that_the_source_has_learnt_from_are_refused(small_
     leaking = prepared(tmp_path / "c", "c", [*numbers(0, 20), "901"], [*numbers(20, 25), "902"], numbers(30, 40))
     monkeypatch.setattr(augment, "open_subjects", lambda settings: [leaking, people[1]])
     with pytest.raises(InputError, match=r"2 test stimuli of .*, '901' among them, are training or validation"):
-        augment.study(small_study)
+        augment.study(small_study[0])

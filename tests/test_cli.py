@@ -233,6 +233,9 @@ def test_prepared_arrays_can_be_evaluated(tmp_path, bundle, capsys, monkeypatch)
     report = json.loads((out / "report.json").read_text())
     assert report["n_stimuli"] == 8
     assert report["scores"]["mean_pattern"]["pattern_r_centred"] == 0
+    # Without the residuals that the spread was fitted to, what is made of them is left out.
+    assert report["calibration"]["rows"].keys() == {"independent", "posterior", "latent_noise", "calibrated"}
+    assert report["calibration"]["left_out"].keys() == {"ledoit_wolf", "resampled"}
     with np.load(out / "predictions.npz") as file:
         written = dict(file)
     test, system, chosen = load_trials(open_dataset(prepared), "test"), load_pretrained(bundle), [0, 4, 7]
@@ -240,12 +243,12 @@ def test_prepared_arrays_can_be_evaluated(tmp_path, bundle, capsys, monkeypatch)
     for place, row in enumerate(chosen):
         own = written["trials"][written["trial_stimulus"] == place]
         np.testing.assert_array_equal(own, test.fmri[test.stimulus == row])
-    samples = system.synthesize(test.tokens[chosen], jax.random.key(0), k=8, variability="posterior")
+    samples = system.synthesize(test.tokens[chosen], jax.random.key(0), k=8, variability="calibrated")
     np.testing.assert_allclose(written["samples"], samples, atol=1e-5)
     main(["evaluate", "--model", os.fspath(bundle), "--data", prepared, "--out", os.fspath(out), "--shift-tokens", "1"])
     with np.load(out / "predictions.npz") as file:
         np.testing.assert_allclose(file["prediction"], np.roll(written["prediction"], -1, axis=0), atol=1e-5)
-        shifted = system.synthesize(test.tokens[[1, 5, 0]], jax.random.key(0), k=8, variability="posterior")
+        shifted = system.synthesize(test.tokens[[1, 5, 0]], jax.random.key(0), k=8, variability="calibrated")
         np.testing.assert_allclose(file["samples"], shifted, atol=1e-5)
     shifted = json.loads((out / "report.json").read_text())
     assert shifted["scores"]["model"] != report["scores"]["model"]

@@ -87,7 +87,7 @@ def calls(monkeypatch):
         made.trained.append((seed, datasets, changes))
         return [Fake(dataclasses.replace(settings.config, seed=seed), 10 + seed)]
 
-    def adapt(bundle, path, at, how):
+    def adapt(bundle, path, at, how, mesh):
         made.adapted.append((bundle, path, at, how))
         return Fake(bundle.config, 20 + how.seed)
 
