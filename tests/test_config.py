@@ -19,6 +19,7 @@ from synbrain_jax.config import (
     OptimizerConfig,
     Stage1Config,
     Stage2Config,
+    VariabilityConfig,
     nearest,
 )
 from synbrain_jax.errors import InputError
@@ -124,7 +125,8 @@ def config_fields(draw):
     start = st.none() if draw(st.booleans()) else st.just("last.pth")
     stage1 = fields_of(Stage1Config, **sizes, contrast_size=st.just(contrast), start_from=start)
     stage2 = fields_of(Stage2Config, **sizes, start_from=start)
-    return draw(fields_of(Config, brain_vae=brain_vae, mapper=mapper, stage1=stage1, stage2=stage2))
+    spread = fields_of(VariabilityConfig, samples=st.integers(2, 9))
+    return draw(fields_of(Config, brain_vae=brain_vae, mapper=mapper, stage1=stage1, stage2=stage2, variability=spread))
 
 
 def build(kind, fields: dict):
