@@ -248,6 +248,10 @@ INVALID = [
     ("stage2.optimizer.clip_norm", 0.0, "stage2.optimizer.clip_norm"),  # would stop all movement
     ("seed", -1, "seed"),
     ("log_every", 0, "log_every"),
+    ("variability.folds", -1, "variability.folds"),
+    ("variability.ranks", (), "variability.ranks"),
+    ("variability.ranks", (2, -1), "variability.ranks"),
+    ("variability.samples", 1, "variability.samples"),
 ]
 
 
