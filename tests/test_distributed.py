@@ -250,7 +250,8 @@ def relative(found, expected) -> float:
 def assert_same_run(found: Path, expected: Path, tolerance: float) -> None:
     """Losses and what was learnt, relative; correlations are near 0.
 
-    Gradient norms and latents, sums of more numbers of either sign, within three times the tolerance.
+    Gradient norms and latents, sums of more numbers of either sign, and residuals, of mappers trained to hit such latents,
+    within three times the tolerance.
     """
     for stage in ("stage1", "stage2"):
         logs = [tiny.log_of(folder / stage) for folder in (found, expected)]
@@ -262,7 +263,7 @@ def assert_same_run(found: Path, expected: Path, tolerance: float) -> None:
     targets = [np.load(folder / "stage2" / "targets.npy") for folder in (found, expected)]
     assert relative(*targets) < 3 * tolerance
     residuals = [np.load(folder / "crossfit" / "residuals.npy") for folder in (found, expected)]
-    assert relative(*residuals) < tolerance
+    assert relative(*residuals) < 3 * tolerance
     bundles = [load_bundle(folder / "bundle") for folder in (found, expected)]
     assert relative(*(bundle.params["mapper"] for bundle in bundles)) < tolerance
     with np.load(found / "predictions.npz") as one, np.load(expected / "predictions.npz") as other:
