@@ -250,8 +250,8 @@ def relative(found, expected) -> float:
 def assert_same_run(found: Path, expected: Path, tolerance: float) -> None:
     """Losses and what was learnt, relative; correlations are near 0.
 
-    Gradient norms and latents, sums of more numbers of either sign, and residuals, of mappers trained to hit such latents,
-    within three times the tolerance.
+    Gradient norms and latents, sums of more numbers of either sign, and the residuals of mappers that were trained to
+    hit such latents, within three times the tolerance.
     """
     for stage in ("stage1", "stage2"):
         logs = [tiny.log_of(folder / stage) for folder in (found, expected)]
