@@ -4,7 +4,7 @@ Reproduces: nothing measured in people. It shows the commands of `nsd_subj01`, a
 be known, which only a simulation tells.
 Commands: synbrain simulate nsd --out sim
           python train.py nsd_sim --data.source sim --data.tokens sim/tokens --workdir runs/nsd_sim
-Hardware: 2 CPU cores (AMD EPYC), 4 GiB; 134 s.
+Hardware: 2 CPU cores (AMD EPYC), 4 GiB; 134 s with --variability.folds 0, several minutes with the 3 of this file.
 Expected, seed 0, median voxel r as a share of the noise ceiling: .877 (ridge .791, kernel ridge .951, mean_pattern 0).
 Chosen on the validation pictures alone, where the mean voxel r is .564 (ridge .521, kernel ridge .614, the true
 response .671): without the voxel term in stage 2 and with 1,500 steps it is .552, with ten times the weight .554. Most
