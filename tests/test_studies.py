@@ -53,6 +53,7 @@ def test_a_system_of_other_measurements_of_the_same_stimuli_is_not_taken(tiny_da
             trained(settings, 0, [dataclasses.replace(tiny_dataset, voxels=other)])
 
 
+@pytest.mark.slow
 def test_every_study_ends_with_a_page_and_needs_nothing_twice(folder, capsys, monkeypatch):
     for study in ("encode", "adapt", "augment", "consistency"):
         experiment(folder, study)
@@ -82,6 +83,7 @@ def test_every_study_ends_with_a_page_and_needs_nothing_twice(folder, capsys, mo
         assert study in markdown
 
 
+@pytest.mark.slow
 def test_what_the_encoding_study_found_is_what_evaluation_reported(folder):
     """The page's means over seeds, against the reports of the systems that it trained."""
     reports = [
