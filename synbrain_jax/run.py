@@ -54,12 +54,11 @@ def train(
 ) -> Trained:
     """Trains BrainVAE and the mapper, and the mappers that have not seen a part of the trials, as configured."""
     workdir, folds = epath.Path(workdir), config.variability.folds
-    homes = stages.folders(workdir, datasets)
     if folds > 1:  # after the training it would be late to say that there is too little to hold out
         for dataset in datasets:
             _fold(_group(dataset, load_trials(dataset, "train")), folds, 0)
     brain_vae = fit(stages.stage1(config, datasets, validation), config, mesh, workdir / "stage1")
-    mapper, latent_stds = _train_mapper(config, datasets, validation, brain_vae, mesh, workdir, homes)
+    mapper, latent_stds = _train_mapper(config, datasets, validation, brain_vae, mesh, workdir)
     if folds > 1:
         _cross_fit(config, datasets, validation, brain_vae, mesh, workdir)
     return Trained(whole({"brain_vae": brain_vae, "mapper": mapper}), latent_stds)
@@ -72,8 +71,8 @@ def _train_mapper(
     brain_vae: PyTree,
     mesh: Mesh,
     workdir: epath.Path,
-    homes: Sequence[epath.Path],
 ) -> tuple[PyTree, tuple]:
+    homes = stages.folders(workdir, datasets)
     encoded = [
         stages.encode_stimuli(config, dataset, brain_vae, home / "stage2")
         for dataset, home in zip(datasets, homes, strict=True)
@@ -108,8 +107,7 @@ def _cross_fit(
         masks = [_fold(group, config.variability.folds, number) for group in groups]
         parts = [dataset.moved(mask, HELD_OUT) for dataset, mask in zip(datasets, masks, strict=True)]
         at = workdir / "crossfit" / str(number)
-        own = stages.folders(at, parts)
-        mapper, latent_stds = _train_mapper(config, parts, validation, brain_vae, mesh, at, own)
+        mapper, latent_stds = _train_mapper(config, parts, validation, brain_vae, mesh, at)
         trained = Trained(whole({"brain_vae": brain_vae, "mapper": mapper}), latent_stds)
         if is_first():
             for i, part in enumerate(parts):

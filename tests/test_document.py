@@ -355,6 +355,7 @@ root.dataset.overflow = Math.max(0, root.scrollWidth - root.clientWidth);
 </script></body>"""
 
 
+# Optional: a browser is no dependency; the tests above read the same page with a parser.
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine")
 @pytest.mark.parametrize("width", [500, 1400])
 def test_a_browser_shows_every_figure_and_has_nothing_to_complain_of(width, tmp_path):
