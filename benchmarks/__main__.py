@@ -1,13 +1,23 @@
-"""`python -m benchmarks NAME ...`: runs benchmarks/NAME.py."""
+"""`python -m benchmarks PROGRAM ...` runs benchmarks/PROGRAM.py; `python -m benchmarks CASE ...`, side_by_side.py."""
 
 import importlib
 import sys
 from pathlib import Path
 
-NAMES = sorted(path.stem for path in Path(__file__).parent.glob("*.py") if "def main(arguments" in path.read_text())
+from benchmarks import side_by_side
+
+FILES = {path.stem: path for path in sorted(Path(__file__).parent.glob("*.py"))}
+PROGRAMS = [
+    name for name, path in FILES.items() if not name.startswith("_") and "def main(arguments" in path.read_text()
+]
+
+
+def run(arguments: list[str]) -> int | None:
+    """The program or the cases that the first argument names."""
+    if arguments and arguments[0] in PROGRAMS:
+        return importlib.import_module(f"benchmarks.{arguments[0]}").main(arguments[1:])
+    return side_by_side.main(arguments, programs=PROGRAMS)
 
 
 if __name__ == "__main__":
-    if len(sys.argv) < 2 or sys.argv[1] not in NAMES:
-        sys.exit(f"usage: python -m benchmarks {{{','.join(NAMES)}}} ...")
-    sys.exit(importlib.import_module(f"benchmarks.{sys.argv[1]}").main(sys.argv[2:]))
+    sys.exit(run(sys.argv[1:]))

@@ -1,22 +1,12 @@
-"""BrainVAE and the SiT mapper in PyTorch, at their released sizes by default, with the released parameter names.
+"""BrainVAE, the SiT mapper and CLIP's image tower in PyTorch, released sizes by default, released parameter names.
 
 Written from a description of the released system, not from its source: the alternative that this package is timed
-against, and a second opinion on what it computes. Needs torch, which the package never does.
+against (`benchmarks/pytorch_cases.py`), and a second opinion on what it computes. Needs torch; the package never does.
 
-    python -m benchmarks.pytorch_baseline [CASE[:BATCH] ...] [--modes eager compile] [--tiny]
-
-times the cases of `benchmarks/gpu.py` that it has: parameters in float32, computation in bfloat16 (autocast) and TF32,
-eager and through torch.compile, fused AdamW. One JSON object a line.
 Letters: B batch, L voxels, P latent tokens (= z_channels), W positions inside the VAE, E latent width.
 """
 
-import argparse
-import copy
-import json
 import math
-import statistics
-import time
-from collections.abc import Callable
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -358,132 +348,38 @@ def update_ema(ema: nn.Module, model: nn.Module, decay: float) -> None:
         e.mul_(decay).add_(p, alpha=1 - decay)
 
 
-# --- timing ---
+class VisionBlock(nn.Module):
+    """Pre-normalised attention and MLP over tokens [B, N, E], with open_clip's names."""
+
+    def __init__(self, width: int, heads: int, hidden: int):
+        super().__init__()
+        self.ln_1, self.ln_2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.attn = nn.MultiheadAttention(width, heads, batch_first=True)
+        self.mlp = nn.Sequential()
+        self.mlp.add_module("c_fc", nn.Linear(width, hidden))
+        self.mlp.add_module("gelu", nn.GELU())
+        self.mlp.add_module("c_proj", nn.Linear(hidden, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.ln_1(x)
+        x = x + self.attn(h, h, h, need_weights=False)[0]
+        return x + self.mlp(self.ln_2(x))
 
 
-def cases(tiny: bool) -> dict[str, Callable]:
-    """What makes the step of each case, of a batch and of what compiles; the cases are those of `benchmarks/gpu.py`."""
-    sizes = dict(ch=32, ada_length=64, z_channels=12, hidden_dim=32, linear_dim=16, embed_dim=32) if tiny else {}
-    sit_sizes = dict(num_patches=12, hidden_size=32, depth=2, num_heads=2) if tiny else {}
-    voxels, tokens = (150, (12, 32)) if tiny else (15_724, (256, 1664))
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    autocast = torch.autocast(device, torch.bfloat16)
-    fused = {"fused": True} if device == "cuda" else {}
+class VisionTower(nn.Module):
+    """Normalised pictures [B, 3, S, S] to the patches' tokens after the last normalisation; ViT-bigG/14 by default."""
 
-    def random(*shape, scale=1.0):
-        return scale * torch.randn(shape, device=device)
+    def __init__(self, image_size=224, patch=14, width=1664, depth=48, heads=16, hidden=8192):
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, width, patch, patch, bias=False)
+        self.class_embedding = nn.Parameter(torch.randn(width) * width**-0.5)
+        self.positional_embedding = nn.Parameter(torch.randn(1 + (image_size // patch) ** 2, width) * width**-0.5)
+        self.ln_pre, self.ln_post = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.transformer = nn.Module()
+        self.transformer.resblocks = nn.Sequential(*(VisionBlock(width, heads, hidden) for _ in range(depth)))
 
-    def inference(function, *shape):
-        x = random(*shape)
-
-        @torch.no_grad()
-        def step():
-            with autocast:
-                function(x)
-
-        return step
-
-    def forward(batch, compiled):
-        return inference(compiled(BrainVAE(**sizes).to(device)), batch, 1, voxels)
-
-    def encode(batch, compiled):
-        vae = BrainVAE(**sizes).to(device)
-        mean = compiled(lambda x: vae.pre_projector_mean(vae.encoder(x)))
-        return inference(mean, batch, 1, voxels)
-
-    def synthesis(batch, compiled):
-        vae, sit = BrainVAE(**sizes).to(device), SiT(**sit_sizes).to(device)
-        return inference(compiled(lambda x: vae.decode(sample_one_step(sit, x), voxels)), batch, *tokens)
-
-    def vae_train(batch, compiled):
-        vae = BrainVAE(**sizes).to(device)
-        optimizer = torch.optim.AdamW(vae.parameters(), 1e-4, weight_decay=0.05, **fused)
-        x, clip = random(batch, 1, voxels, scale=0.3), random(batch, *tokens)
-        loss = compiled(lambda noise: vae_losses(vae, x, clip, noise)[0].total)
-
-        def step():
-            with autocast:
-                total = loss(random(batch, *tokens))
-            optimizer.zero_grad(set_to_none=True)
-            total.backward()
-            optimizer.step()
-
-        return step
-
-    def mapper_train(batch, compiled):
-        sit = SiT(**sit_sizes).to(device)
-        ema = copy.deepcopy(sit).requires_grad_(False)
-        trained = [p for p in sit.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(trained, 1e-4, weight_decay=0.0, **fused)
-        images, latents = random(batch, *tokens), random(batch, *tokens)
-        loss = compiled(lambda: sit_loss(sit, images, latents))
-
-        def step():
-            with autocast:
-                total = loss()
-            optimizer.zero_grad(set_to_none=True)
-            total.backward()
-            torch.nn.utils.clip_grad_norm_(trained, 1.0)
-            optimizer.step()
-            torch._foreach_lerp_(list(ema.parameters()), list(sit.parameters()), 1e-4)
-
-        return step
-
-    return {f.__name__: f for f in (forward, encode, vae_train, mapper_train, synthesis)}
-
-
-def seconds_per_step(step: Callable[[], None], window: float, windows: int = 5) -> list[float]:
-    """Seconds of one step in each window of about `window` seconds, after a warm-up."""
-    wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
-    for _ in range(3):
-        step()
-    wait()
-    start = time.perf_counter()
-    step()
-    wait()
-    steps = max(2, round(window / (time.perf_counter() - start)))
-    found = []
-    for _ in range(windows):
-        start = time.perf_counter()
-        for _ in range(steps):
-            step()
-        wait()
-        found.append((time.perf_counter() - start) / steps)
-    return found
-
-
-def measure(name: str, batch: int, mode: str, tiny: bool) -> dict:
-    """Builds and times one case; why, where that fails."""
-    torch.compiler.reset()
-    start = time.perf_counter()
-    row = {"case": name, "batch": batch, "mode": mode, "torch": torch.__version__}
-    try:
-        step = cases(tiny)[name](batch, torch.compile if mode == "compile" else lambda f: f)
-        step()
-        ready = time.perf_counter() - start
-        seconds = seconds_per_step(step, 0.01 if tiny else 0.5)
-    except RuntimeError as error:  # no memory, or what the compiler cannot do
-        return row | {"failed": str(error).splitlines()[0]}
-    times = {"seconds": statistics.median(seconds), "fastest": min(seconds), "slowest": max(seconds)}
-    return row | times | {"compile_seconds": ready}
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description="times the released system's models in PyTorch")
-    parser.add_argument("cases", nargs="*", help="NAME or NAME:BATCH")
-    parser.add_argument("--modes", nargs="*", default=["eager", "compile"], choices=["eager", "compile"])
-    parser.add_argument("--tiny", action="store_true")
-    options = parser.parse_args()
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    torch.backends.cudnn.benchmark = True
-    known = cases(options.tiny)
-    for case in options.cases or known:
-        name, _, batch = case.partition(":")
-        for mode in options.modes if name in known else ():
-            print(json.dumps(measure(name, int(batch or 24), mode, options.tiny)), flush=True)
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
-
-
-if __name__ == "__main__":
-    main()
+    def forward(self, pixels: Tensor) -> Tensor:
+        patches = self.conv1(pixels).flatten(2).mT
+        first = self.class_embedding.to(patches.dtype).expand(len(pixels), 1, -1)
+        x = self.ln_pre(torch.cat([first, patches], dim=1) + self.positional_embedding)
+        return self.ln_post(self.transformer.resblocks(x))[:, 1:]

@@ -1,10 +1,9 @@
-"""Pictures to tokens on all devices, and on to fMRI: reading ahead, preprocessing, the tower, and what becomes of them.
+"""Pictures to tokens on all devices: reading ahead, preprocessing, the tower, and tokens on disk.
 
 Pictures of the first one's size go to the devices as they are, 8 bits a colour, and are resized there; others are
 resized on the host while they are read. So one resize is compiled, however many sizes there are.
 
-Shape letters: b batch, h w a picture, s the tower's square (in arrays of fMRI: stimuli), t tokens, d token width,
-k samples, v voxels.
+Shape letters: b batch, h w a picture, s the tower's square, t tokens, d token width.
 """
 
 import concurrent.futures
@@ -23,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath, epy
 from jax.sharding import Mesh
-from jaxtyping import Array, BFloat16, Float, PRNGKeyArray, PyTree, UInt8
+from jaxtyping import Array, BFloat16, Float, PyTree, UInt8
 from tqdm import tqdm
 
 from synbrain_jax.data.pictures import Pictures
@@ -34,7 +33,6 @@ from synbrain_jax.interop.clip_weights import PROCESSOR, load_clip_vision, local
 from synbrain_jax.models.clip_vision import CLIPVision, CLIPVisionConfig
 from synbrain_jax.preprocessing import hugging_face, released, released_on_host
 from synbrain_jax.sharding import batch_parts, batch_sharding, make_mesh, on_mesh, param_sharding
-from synbrain_jax.synthesis import SynBrain, Variability
 
 # Imported when first used: models, losses and steps serve where these are not installed.
 with epy.lazy_imports():
@@ -266,7 +264,7 @@ def _encode_shards(
     for number in sorted(set(range(len(shards))) - set(todo)):
         check_shard(files[number])
     left = sum(len(shards[number]) for number in todo)
-    batches = _encoded_batches(pictures, [shards[number] for number in todo], encoder, rows, num_threads)
+    batches = encoded_batches(pictures, [shards[number] for number in todo], encoder, rows, num_threads)
     # Shards are fetched, compressed and written while the devices work on the next one.
     with (
         concurrent.futures.ThreadPoolExecutor(1) as writer,
@@ -284,7 +282,7 @@ def _encode_shards(
         writing.result()
 
 
-def _write(out: epath.Path, number: int, shard: epath.Path, batches: Sequence["_Batch"]) -> None:
+def _write(out: epath.Path, number: int, shard: epath.Path, batches: Sequence["EncodedBatch"]) -> None:
     names = [name for batch in batches for name in batch.names]
     tokens = [array for batch in batches if batch.names for array in np.asarray(batch.tokens)[: len(batch.names)]]
     for name, array in zip(names, tokens, strict=True):
@@ -303,78 +301,22 @@ def _note(out: epath.Path, number: int) -> epath.Path:
     return out / f"unreadable-{number:05d}.json"
 
 
-# ---- to fMRI ---------------------------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class PictureResponses:
-    """Synthetic responses to those pictures that could be read."""
-
-    stimulus_id: tuple[str, ...]
-    fmri: Float[np.ndarray, "s k v"]  # float32
-    unreadable: Mapping[str, str]  # name -> why
-
-
-def synthesize_pictures(
-    system: SynBrain,
-    encoder: PictureEncoder,
-    pictures: Pictures,
-    key: PRNGKeyArray | None = None,
-    *,
-    k: int = 1,
-    variability: Variability = "none",
-    noise_factor: float = 1.0,
-    batch_size: int = 32,
-    num_threads: int | None = None,
-) -> PictureResponses:
-    """`SynBrain.synthesize` of pictures; their tokens stay on the devices.
-
-    The numbers are those of `encode_images` and then `synthesize`, up to rounding.
-
-    Args:
-        system, encoder: on the same mesh.
-        num_threads: that read pictures; None: one a CPU core, at most 16.
-
-    Raises:
-        InputError: the tower's tokens are not what the system expects; as `SynBrain.synthesize` does.
-    """
-    if encoder.token_shape != system.token_shape:
-        expected, given = (
-            "[" + ", ".join(map(str, shape)) + "]" for shape in (system.token_shape, encoder.token_shape)
-        )
-        raise InputError(
-            f"the image tower gives tokens {given} but the model expects {expected}; use the weights that the model "
-            "was trained with"
-        )
-    rows = encoder.rows(batch_size)
-    options = dict(k=k, variability=variability, noise_factor=noise_factor, batch_size=rows)
-    names, unreadable = [], {}
-    fmri = [system.synthesize(np.empty((0, *system.token_shape), np.float32), key, **options)]  # checks the options
-    with tqdm(total=len(pictures), desc="synthesize", unit="picture", disable=None) as bar:
-        for batch in _encoded_batches(pictures, [range(len(pictures))], encoder, rows, num_threads):
-            if batch.tokens is not None:
-                responses = system.synthesize(batch.tokens, key, first=len(names), **options)
-                fmri.append(responses[: len(batch.names)])
-            names += batch.names
-            unreadable |= batch.unreadable
-            bar.update(len(batch.names) + len(batch.unreadable))
-    return PictureResponses(tuple(names), np.concatenate(fmri), unreadable)
-
-
 # ---- reading and encoding --------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class _Batch:
+class EncodedBatch:
+    """Tokens on the devices."""
+
     group: int
     names: list[str]
     tokens: BFloat16[Array, "b t d"] | None  # of the names and of padding, perhaps not computed yet; None: no names
     unreadable: dict[str, str]
 
 
-def _encoded_batches(
+def encoded_batches(
     pictures: Pictures, groups: Sequence[range], encoder: PictureEncoder, rows: int, num_threads: int | None
-) -> Iterator[_Batch]:
+) -> Iterator[EncodedBatch]:
     """The pictures of each group of indices, in batches that hold `rows` of one group, the last perhaps fewer.
 
     A batch is handed out when the next one has been sent to the devices, so that they never wait for the host.
@@ -403,7 +345,7 @@ def _encoded_batches(
             if waiting is not None:
                 yield waiting
             unreadable = {name: why for name, why in found.items() if isinstance(why, str)}
-            waiting = _Batch(number, list(prepared), tokens, unreadable)
+            waiting = EncodedBatch(number, list(prepared), tokens, unreadable)
     yield waiting
 
 

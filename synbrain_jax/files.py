@@ -56,6 +56,16 @@ def read_array(path: str | os.PathLike) -> np.ndarray:
     return array
 
 
+def map_array(path: str | os.PathLike) -> np.ndarray:
+    """`read_array`, but of what is used only: memory-mapped, for reading. On a local disk."""
+    try:
+        with open(path, "rb") as file:
+            np.lib.format.read_magic(file)  # or NumPy takes it for a pickle or an .npz
+        return np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, SyntaxError, EOFError) as error:
+        raise InputError(f"{os.fspath(path)}: cannot be read as an .npy file ({error})") from error
+
+
 def read_npz(path: str | os.PathLike) -> dict[str, np.ndarray]:
     """All arrays of an .npz; InputError if it is missing, damaged or holds Python objects."""
     arrays = _load(path, ".npz")

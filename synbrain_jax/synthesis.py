@@ -4,9 +4,10 @@ Shape letters: s stimuli, b batch, t tokens, d token width, k samples, v voxels.
 """
 
 import functools
+import hashlib
 import os
-from collections.abc import Callable
-from typing import Literal, get_args
+from collections.abc import Callable, Iterable, Iterator
+from typing import Literal, TypeVar, get_args
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +24,8 @@ from synbrain_jax.sharding import batch_parts, batch_sharding, make_mesh, on_mes
 from synbrain_jax.variability import deviations
 
 Variability = Literal["none", "calibrated", "posterior", "latent_noise"]
+
+_Element = TypeVar("_Element")
 
 # Standard deviations of the latent [t d]; or of the voxels, the `Spread`'s factor [v r] and independent variance [v].
 Noise = Array | np.ndarray | tuple[Array | np.ndarray, Array | np.ndarray]
@@ -75,16 +78,31 @@ class SynBrain:
             InputError: tokens of another shape than the model's, or values that are not finite; no key; "posterior"
                 or "calibrated" for a bundle without that spread.
         """
-        on_device = isinstance(tokens, jax.Array)
-        xp = jnp if on_device else np
+        xp = jnp if isinstance(tokens, jax.Array) else np
         if not isinstance(tokens, StoredTokens):
-            tokens = tokens.astype(np.float32) if on_device else np.asarray(tokens, np.float32)
-        if tokens.ndim != 3 or tokens.shape[1:] != self.token_shape:
-            expected = f"[stimuli, {self.token_shape[0]}, {self.token_shape[1]}]"
-            raise InputError(f"tokens have shape {list(tokens.shape)}; this model expects {expected}")
+            tokens = tokens.astype(np.float32) if xp is jnp else np.asarray(tokens, np.float32)
+        self.check_shape(tokens)
         # What was stored was finite.
         if not isinstance(tokens, StoredTokens) and (bad := int(xp.count_nonzero(~xp.isfinite(tokens)))):
             raise InputError(f"tokens hold {bad} values that are NaN or infinite")
+        sampler = self.sampler(key, k=k, variability=variability, noise_factor=noise_factor, batch_size=batch_size)
+        parts = (tokens[start : start + sampler.rows] for start in range(0, len(tokens), sampler.rows))
+        out, done = np.empty((len(tokens), *sampler.sample_shape), np.float32), 0
+        for count, voxels in sampler.responses(parts, first):
+            out[done : done + count] = np.asarray(voxels)[:count]
+            done += count
+        return out
+
+    def sampler(
+        self,
+        key: PRNGKeyArray | None = None,
+        *,
+        k: int = 1,
+        variability: Variability = "none",
+        noise_factor: float = 1.0,
+        batch_size: int = 32,
+    ) -> "Sampler":
+        """What `synthesize` calls for each batch; arguments and errors are its."""
         if variability not in get_args(Variability):
             raise InputError(f"variability is {variability!r}; expected one of {', '.join(get_args(Variability))}")
         if variability != "none" and key is None:
@@ -102,20 +120,29 @@ class SynBrain:
             )
         if k < 1 or batch_size < 1:
             raise InputError(f"k is {k} and batch_size {batch_size}; both must be at least 1")
-
         noise = jax.device_put(self._noise(variability, np.float32(noise_factor)), replicated(self.mesh))
-        parts = batch_parts(self.mesh)
-        rows = -(-batch_size // parts) * parts
         key = jax.random.key(0) if key is None else key
-        out = np.empty((len(tokens), k, len(self.bundle.offset)), np.float32)
-        for start in range(0, len(tokens), rows):
-            part = tokens[start : start + rows]
-            padded = xp.pad(part, ((0, rows - len(part)), (0, 0), (0, 0)))
-            index = np.arange(first + start, first + start + rows, dtype=np.int32)
-            index, padded = jax.device_put((index, padded), batch_sharding(self.mesh))
-            voxels = self._decode(self._params, padded, index, key, noise, k=k, varied=variability != "none")
-            out[start : start + len(part)] = np.asarray(voxels)[: len(part)]
-        return out
+        call = functools.partial(self._decode, self._params, key=key, noise=noise, k=k, varied=variability != "none")
+        parts = batch_parts(self.mesh)
+        return Sampler(call, -(-batch_size // parts) * parts, (k, len(self.bundle.offset)), self.mesh)
+
+    def check_shape(self, tokens: np.ndarray | Array | StoredTokens) -> None:
+        """Raises InputError unless `tokens` are [stimuli, *token_shape]."""
+        if tokens.ndim != 3 or tokens.shape[1:] != self.token_shape:
+            expected = f"[stimuli, {self.token_shape[0]}, {self.token_shape[1]}]"
+            raise InputError(f"tokens have shape {list(tokens.shape)}; this model expects {expected}")
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """Changes with anything in the bundle that synthesis depends on. Reads every parameter."""
+        bundle, config = self.bundle, self.bundle.config
+        spread = None if bundle.spread is None else (bundle.spread.factor, bundle.spread.independent)
+        arrays = (bundle.params, bundle.voxels.order, bundle.latent_std, bundle.offset, bundle.gain, spread)
+        digest = hashlib.sha256(repr((config.mapper, config.brain_vae, config.data.voxel_order)).encode())
+        for path, leaf in jax.tree.leaves_with_path(arrays):
+            digest.update(f"{jax.tree_util.keystr(path)} {np.shape(leaf)}".encode())
+            digest.update(np.ascontiguousarray(leaf).reshape(-1).view(np.uint8))
+        return digest.hexdigest()
 
     def _noise(self, variability: Variability, times: np.float32) -> Noise:
         if variability == "calibrated":
@@ -129,6 +156,50 @@ class SynBrain:
     ) -> Float[np.ndarray, "s v"]:
         """The expected response to each stimulus: `synthesize` without variability."""
         return self.synthesize(tokens, batch_size=batch_size)[:, 0]
+
+
+class Sampler:
+    """Synthesis with its settings: a call sends a batch to the devices, and does not wait for what they make of it."""
+
+    def __init__(self, call: Callable[..., Array], rows: int, sample_shape: tuple[int, int], mesh: Mesh):
+        self._call, self._mesh = call, mesh
+        self.rows = rows  # stimuli per call at most, a multiple of the devices
+        self.sample_shape = sample_shape  # k, v
+
+    def __call__(self, tokens: Float[np.ndarray, "n t d"] | Float[Array, "n t d"], first: int) -> Float[Array, "b k v"]:
+        """Responses, on their way to the host; b is `rows`, and rows behind n are padding. `first`: number of row 0."""
+        xp = jnp if isinstance(tokens, jax.Array) else np
+        padded = xp.pad(tokens.astype(np.float32, copy=False), ((0, self.rows - len(tokens)), (0, 0), (0, 0)))
+        index = np.arange(first, first + self.rows, dtype=np.int32)
+        index, padded = jax.device_put((index, padded), batch_sharding(self._mesh))
+        voxels = self._call(padded, index)
+        voxels.copy_to_host_async()
+        return voxels
+
+    def responses(
+        self, parts: Iterable[np.ndarray | Array], first: int = 0
+    ) -> Iterator[tuple[int, Float[Array, "b k v"]]]:
+        """Of batches of tokens, each as for a call: how many stimuli each has, and its responses.
+
+        Those of one batch are handed out when the next one has been sent to the devices.
+        """
+
+        def sent():
+            number = first
+            for part in parts:
+                yield len(part), self(part, number)
+                number += len(part)
+
+        return one_ahead(sent())
+
+
+def one_ahead(elements: Iterator[_Element]) -> Iterator[_Element]:
+    """Yields each element when the next one has been made: what that sends to the devices, they do meanwhile."""
+    waiting = next(elements, None)
+    while waiting is not None:
+        coming = next(elements, None)
+        yield waiting
+        waiting = coming
 
 
 def jit_decoder(bundle: Bundle, mesh: Mesh) -> Callable[..., Float[Array, "b k v"]]:

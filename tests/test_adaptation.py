@@ -256,6 +256,7 @@ def test_a_learning_rate_is_above_0(field):
         AdaptationConfig(**{field: 0.0})
 
 
+@pytest.mark.slow
 def test_the_command_leaves_what_train_leaves_on_any_mesh(adapted, source, new, tmp_path: Path, capsys):
     """On 8 devices, a system that predicts what one device's does."""
     save_bundle(tmp_path / "source", source)

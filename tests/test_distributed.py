@@ -143,7 +143,7 @@ TINY = shlex.split("""
     --brain-vae.pool-length 32 --brain-vae.channels 4 --brain-vae.channel-mult 2 --brain-vae.projector-width 16
     --mapper.depth 1 --log-every 1 --stage1.batch-size 8 --stage2.batch-size 8 --stage1.average-share 0.5
     --stage1.steps 12 --stage1.eval-every 4 --stage2.steps 8 --stage2.eval-every 4 --stage1.contrast-size 4
-    --variability.folds 2 --variability.ranks 0 1 --variability.samples 100
+    --variability.ranks 0 1 --variability.samples 100
 """)
 
 
@@ -184,7 +184,7 @@ def start_two(start_training, arguments):
         for number in range(2):
             options, variables = found(port, number)
             command = [*arguments, "--workdir", str(workdir), *more, *options]
-            processes.append(start_training(*command, env={**flags(2), **variables}))
+            processes.append(start_training(*command, env={**flags(1), **variables}))
         return processes
 
     return run
@@ -214,7 +214,7 @@ def wait_for(processes: list[subprocess.Popen], log: Path, step: int) -> None:
 def one(start_training, arguments, tmp_path_factory):
     """The run of one process over as many devices."""
     workdir = tmp_path_factory.mktemp("one") / "workdir"
-    (result,) = ends([start_training(*arguments, "--workdir", str(workdir), env=flags(4))])
+    (result,) = ends([start_training(*arguments, "--workdir", str(workdir), env=flags(2))])
     assert result[0] == 0, result[2]
     return workdir, result[1]
 
@@ -250,8 +250,7 @@ def relative(found, expected) -> float:
 def assert_same_run(found: Path, expected: Path, tolerance: float) -> None:
     """Losses and what was learnt, relative; correlations are near 0.
 
-    Gradient norms and latents, sums of more numbers of either sign, and the residuals of mappers that were trained to
-    hit such latents, within three times the tolerance.
+    Gradient norms and latents, sums of more numbers of either sign, within three times the tolerance.
     """
     for stage in ("stage1", "stage2"):
         logs = [tiny.log_of(folder / stage) for folder in (found, expected)]
@@ -262,8 +261,6 @@ def assert_same_run(found: Path, expected: Path, tolerance: float) -> None:
             assert line == pytest.approx(other, rel=tolerance, abs=tolerance)
     targets = [np.load(folder / "stage2" / "targets.npy") for folder in (found, expected)]
     assert relative(*targets) < 3 * tolerance
-    residuals = [np.load(folder / "crossfit" / "residuals.npy") for folder in (found, expected)]
-    assert relative(*residuals) < 3 * tolerance
     bundles = [load_bundle(folder / "bundle") for folder in (found, expected)]
     assert relative(*(bundle.params["mapper"] for bundle in bundles)) < tolerance
     with np.load(found / "predictions.npz") as one, np.load(expected / "predictions.npz") as other:
@@ -287,11 +284,14 @@ def test_two_processes_end_where_one_does(stopped, one, start_two, tmp_path):
 @pytest.mark.slow
 def test_two_processes_with_the_same_samples_end_where_one_does(start_training, start_two, arguments, tmp_path):
     """`tensor` is split over both, so that each reads every batch whole."""
-    mesh = ["--mesh.tensor", "4"]
-    results = ends(start_two(tmp_path / "two", more=mesh))
-    results += ends([start_training(*arguments, *mesh, "--workdir", str(tmp_path / "one"), env=flags(4))])
+    more = ["--mesh.tensor", "2", "--variability.folds", "2"]
+    results = ends(start_two(tmp_path / "two", more=more))
+    results += ends([start_training(*arguments, *more, "--workdir", str(tmp_path / "one"), env=flags(2))])
     assert [code for code, *_ in results] == [0, 0, 0], results
     assert_same_run(tmp_path / "two", tmp_path / "one", 1e-6)
+    # Of mappers that were trained to hit latents, which agree within 3e-6.
+    residuals = [np.load(tmp_path / name / "crossfit" / "residuals.npy") for name in ("two", "one")]
+    assert relative(*residuals) < 3e-6
 
 
 @pytest.mark.slow

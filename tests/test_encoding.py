@@ -33,12 +33,13 @@ from synbrain_jax.data.pairs import open_dataset
 from synbrain_jax.data.pictures import Pictures, open_pictures
 from synbrain_jax.data.tokens import StoredTokens, open_tokens, write_shard
 from synbrain_jax.data.voxels import Voxels
-from synbrain_jax.encoding import PictureEncoder, encode_images, load_encoder, synthesize_pictures
+from synbrain_jax.encoding import PictureEncoder, encode_images, load_encoder
 from synbrain_jax.errors import InputError
 from synbrain_jax.interop.clip_weights import load_clip_vision
 from synbrain_jax.models.clip_vision import CLIPVision, CLIPVisionConfig, clip_vision_shapes
 from synbrain_jax.preprocessing import hugging_face, released_on_host
 from synbrain_jax.sharding import make_mesh
+from synbrain_jax.streaming import synthesize_pictures
 from synbrain_jax.synthesis import SynBrain
 
 CLIP = Path(__file__).parent / "golden" / "clip_hf_tiny_gelu"  # 28 pixels, tokens [4, 32]
@@ -516,7 +517,7 @@ def test_pictures_to_fmri_is_tokens_to_fmri(system, encoder, options, tmp_path):
     stored, key = open_tokens(tmp_path), jax.random.key(3)
     expected = system.synthesize(stored.tokens[:], key, batch_size=4, **options)
     found = synthesize_pictures(system, encoder, pictures, key, batch_size=4, **options)
-    assert found.stimulus_id == stored.stimulus_id
+    assert tuple(found.stimulus_id) == stored.stimulus_id
     assert list(found.unreadable) == ["p6.png"]
     np.testing.assert_allclose(found.fmri, expected, atol=2e-6 * np.abs(expected).max())
     assert np.ptp(expected, axis=0).min() > 1e-4
@@ -524,7 +525,7 @@ def test_pictures_to_fmri_is_tokens_to_fmri(system, encoder, options, tmp_path):
 
 def test_no_picture_gives_no_response(system, encoder):
     found = synthesize_pictures(system, encoder, make_pictures([None]), k=2)
-    assert (found.stimulus_id, found.fmri.shape) == ((), (0, 2, tiny.VOXELS))
+    assert (found.stimulus_id, found.fmri.shape) == ([], (0, 2, tiny.VOXELS))
 
 
 def test_another_tower_than_the_models_is_refused_before_a_picture_is_read(encoder):

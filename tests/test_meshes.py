@@ -135,7 +135,7 @@ def without_key_biases(mapper: dict) -> dict:
     return jax.tree.map_with_path(kept, mapper)
 
 
-OTHERS = ["data 8", "fsdp 8", "2 x 2 x 2"]
+OTHERS = ["data 8", pytest.param("fsdp 8", marks=pytest.mark.slow), "2 x 2 x 2"]
 
 
 @pytest.mark.parametrize("name", OTHERS)
@@ -222,7 +222,9 @@ def gradient(after: TrainState) -> dict:
     return optax.tree.get(after.opt_state, "mu")
 
 
-@pytest.mark.parametrize(("stage", "name"), [("stage1", "data 8"), ("stage2", "2 x 2 x 2")])
+@pytest.mark.parametrize(
+    ("stage", "name"), [pytest.param("stage1", "data 8", marks=pytest.mark.slow), ("stage2", "2 x 2 x 2")]
+)
 def test_a_step_in_bfloat16_keeps_float32_and_is_near(stage, name):
     """Nearer to a bfloat16 step on one device than that is to float32."""
     exact, _ = one_step("1", stage)

@@ -11,7 +11,7 @@ import numpy as np
 from tyro.conf import arg
 
 from synbrain_jax.errors import InputError
-from synbrain_jax.files import read_array, read_npz, write_npy, write_npz
+from synbrain_jax.files import map_array, read_npz, write_npy, write_npz
 from synbrain_jax.synthesis import Variability, load_pretrained
 
 
@@ -97,13 +97,16 @@ def synthesize(
 ) -> None:
     """Synthesise fMRI, from pictures (--images and --clip) or from their tokens (--tokens).
 
-    Writes `fmri` [stimuli, k, voxels] float32. An .npz also gets `stimulus_id`, the pictures' names or what the tokens
-    had, `voxel_ijk` if the voxels' positions are known, and `unreadable` [pictures, 2], names and reasons, if some
-    pictures could not be read; these have no row.
+    Writes `fmri` [stimuli, k, voxels] float32; `stimulus_id`, the pictures' names or what the tokens had; `voxel_ijk`
+    if the voxels' positions are known; and `unreadable` [pictures, 2], names and reasons, if some pictures could not be
+    read; these have no row. An .npy holds `fmri` alone.
+
+    A folder is for any number of stimuli: fmri.npy and the others as NAME.npy, written while they are computed, in
+    memory that does not grow. Given again after a stop, the command goes on; fmri.npy appears when it is whole.
 
     Args:
         model: Bundle folder of a trained system.
-        out: .npz or .npy file to write.
+        out: .npz or .npy file to write; or a folder, whose name has no suffix.
         tokens: .npy [stimuli, tokens, width], or .npz with `tokens` and optionally the rows' `tokens_stimulus_id` (or
             `stimulus_id`), or a folder that `encode-images` wrote.
         images: Folder of pictures, .txt list of files, .hdf5 file with imgBrick, or TFDS folder.
@@ -117,45 +120,55 @@ def synthesize(
         nifti: .nii.gz or .nii file to write, too: volumes in the person's own space, where a brain viewer shows them.
             Along the fourth axis come the samples of the first stimulus, then those of the second, and so on.
     """
-    if out.suffix not in (".npz", ".npy"):
-        raise InputError(f"--out {out}: expected a name that ends in .npz or .npy")
+    from synbrain_jax import streaming
+
+    streamed = out.is_dir() or not out.suffix
+    if not streamed and out.suffix not in (".npz", ".npy"):
+        raise InputError(f"--out {out}: expected a name that ends in .npz or .npy, or, for a folder, has no suffix")
+    if streamed and nifti is not None:
+        raise InputError(f"--nifti takes responses that fit into memory; give an --out that ends in .npz, not {out}")
     if (tokens is None) == (images is None) or (images is None) != (clip is None):
         raise InputError("expected either --tokens, or --images and --clip")
     draw = dict(k=k, variability=variability, noise_factor=noise_factor, batch_size=batch_size)
-    key, unreadable = jax.random.key(seed), {}
+    key = jax.random.key(seed)
     if images is None:
         names, given = _read_tokens(tokens)
         system = _load_system(model, nifti)
-        fmri = system.synthesize(given, key, **draw)
+        if streamed:
+            result = streaming.stream_tokens(system, given, out, key, stimulus_id=names, **draw)
+        else:
+            result = streaming.Responses(names, system.synthesize(given, key, **draw), {})
     else:
-        from synbrain_jax.encoding import synthesize_pictures
-
         pictures, encoder = options.open(images, clip)
         system = _load_system(model, nifti, encoder.mesh)
-        result = synthesize_pictures(system, encoder, pictures, key, **draw)
-        unreadable = result.unreadable
-        listed = (
-            f" All will be in the array 'unreadable' of {out}." if out.suffix == ".npz" and len(result.fmri) else ""
-        )
-        _report_unreadable(unreadable, len(pictures), listed)
-        if unreadable and out.suffix == ".npy":
-            raise InputError(
-                f"--out {out}: an .npy cannot say which pictures have no row; give a name that ends in .npz"
-            )
-        names, fmri = np.array(result.stimulus_id), result.fmri
-    if out.suffix == ".npy":
-        write_npy(out, fmri)
-    else:
-        known = {"stimulus_id": names, "voxel_ijk": system.bundle.voxels.ijk}
-        known["unreadable"] = np.array(list(unreadable.items())) if unreadable else None
-        write_npz(out, {"fmri": fmri, **{name: value for name, value in known.items() if value is not None}})
+        if streamed:
+            result = streaming.stream_pictures(system, encoder, pictures, out, key, **draw)
+        else:
+            result = streaming.synthesize_pictures(system, encoder, pictures, key, **draw)
+        where = f"{out / 'unreadable.npy'}" if streamed else f"the array 'unreadable' of {out}"
+        listed = f" All will be in {where}." if out.suffix != ".npy" and len(result.fmri) else ""
+        _report_unreadable(result.unreadable, len(pictures), listed)
+    if not streamed:
+        beside = {"stimulus_id": result.stimulus_id, "voxel_ijk": system.bundle.voxels.ijk}
+        _write_responses(out, result.fmri, beside, result.unreadable)
     if nifti is not None:
         from synbrain_jax.interop.nifti import save_nifti
 
         order = f"volume {k} i + j: stimulus i, sample j (from 0)"
-        save_nifti(nifti, fmri.reshape(-1, fmri.shape[-1]), system.bundle.voxels, description=order)
-        print(f"{nifti}: {fmri.shape[0] * k} volumes")
-    print(f"{out}: {fmri.shape[0]} stimuli x {fmri.shape[1]} samples x {fmri.shape[2]} voxels")
+        save_nifti(nifti, result.fmri.reshape(-1, result.fmri.shape[-1]), system.bundle.voxels, description=order)
+        print(f"{nifti}: {len(result.fmri) * k} volumes")
+    print("{}: {} stimuli x {} samples x {} voxels".format(out, *result.fmri.shape))
+
+
+def _write_responses(out: Path, fmri: np.ndarray, beside: Mapping[str, Any], unreadable: Mapping[str, str]) -> None:
+    """One .npz of what is known, or an .npy of the responses alone."""
+    if out.suffix == ".npz":
+        beside = {**beside, "unreadable": list(unreadable.items()) or None}
+        write_npz(out, {"fmri": fmri} | {name: np.asarray(one) for name, one in beside.items() if one is not None})
+        return
+    if unreadable:
+        raise InputError(f"--out {out}: an .npy cannot say which pictures have no row; give a name that ends in .npz")
+    write_npy(out, fmri)
 
 
 def _load_system(model: Path, nifti: Path | None, mesh: jax.sharding.Mesh | None = None):
@@ -169,13 +182,13 @@ def _load_system(model: Path, nifti: Path | None, mesh: jax.sharding.Mesh | None
 
 
 def _read_tokens(source: Path) -> tuple[np.ndarray | None, Any]:
-    """Names of the stimuli, if known, and tokens; those of a folder are read when they are sliced."""
+    """Names of the stimuli, if known, and tokens; those of a folder or an .npy are read when they are sliced."""
     if source.is_dir():
         from synbrain_jax.data.tokens import open_tokens
 
         stored = open_tokens(source)
         return np.array(stored.stimulus_id), stored.tokens
-    given = read_npz(source) if source.suffix == ".npz" else {"tokens": read_array(source)}
+    given = read_npz(source) if source.suffix == ".npz" else {"tokens": map_array(source)}
     if "tokens" not in given:
         raise InputError(f"{source}: no array 'tokens'; it holds {', '.join(given) or 'nothing'}")
     names = given.get("tokens_stimulus_id", given.get("stimulus_id"))

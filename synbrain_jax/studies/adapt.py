@@ -80,12 +80,17 @@ def study(settings: Settings) -> Document:
 
 
 def amounts_of(new: Dataset, quick: bool = False) -> list[Amount]:
-    """One session, where the data set knows sessions and has several; and the stimuli seen first, up to all of them."""
+    """One session, where the data set knows sessions and has several; and the stimuli seen first, up to all of them.
+
+    `quick`: the first of these.
+    """
     total = len(new.stimulus_ids("train"))
     counts = [count for count in STIMULI if count <= total] or [total]
-    asked = [Amount(f"{count:,} stimuli", 0, stimuli=count) for count in (counts[:1] if quick else counts)]
+    asked = [Amount(f"{count:,} stimuli", 0, stimuli=count) for count in counts]
     if len(np.unique(new.sessions("train"))) > 1:
         asked.insert(0, Amount("1 session", 0, sessions=1))
+    if quick:
+        del asked[1:]
     return [dataclasses.replace(one, trials=int(_part(new, one).trials_per_record("train").sum())) for one in asked]
 
 

@@ -198,7 +198,7 @@ def _claims(decoder: str, outcome: Outcome, amount: int, ratios: Sequence[float]
         first, second = (outcome.by_seed(decoder, one_arm, score).mean(axis=1) for one_arm in (name, other))
         told += f" [{difference.low:+.3f}, {difference.high:+.3f}], by seed "
         told += ", ".join(f"{value:+.3f}" for value in first - second)
-        claims.append(Claim(f"{text} ({few})", _holds(difference, sign), told))
+        claims.append(Claim(f"{text} ({few}, mean of seeds)", _holds(difference, sign), told))
     return claims
 
 

@@ -133,7 +133,7 @@ def _across_trials(results: Sequence[Result], seeds: Sequence[int]) -> Section:
                 share(drawn["sample, trial"][2], drawn["sample, sample"][2]),
                 "difference as a share of that of two samples",
                 ALMOST,
-                1 / ALMOST,
+                round(2 - ALMOST, 9),
             ),
             judged(
                 f"{one.subject}: the expected response agrees with a real trial better than another trial does",
