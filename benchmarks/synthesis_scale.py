@@ -204,8 +204,8 @@ def draw(result: dict[str, Any], file: Path) -> None:
         axis.plot(x, best, "o-", color="C0", label="seconds, best")
         axis.plot(x, [max(row) for row in found["seconds"]], "_", color="C0", label="slowest")
         line = found["seconds_fixed"] + found["seconds_each"] * x
-        if (line > 0).all() and name != "batch":
-            axis.plot(x, line, ":", color="0.5", label="a + b x")
+        if name != "batch":
+            axis.plot(x, np.where(line > min(best) / 2, line, np.nan), ":", color="0.5", label="a + b x")
         axis.set(xscale="log", yscale="log", xlabel=name, ylabel="seconds")
         axis.set_xticks(x, [f"{value:,.0f}" for value in x])
         axis.xaxis.minorticks_off()
