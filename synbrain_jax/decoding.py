@@ -125,17 +125,16 @@ def fit_ridges(train: Examples | Moments, penalties: Sequence[float] = PENALTIES
 
     Minimises sum_i w_i |tokens_i - decode(fmri_i)|^2 + penalty x scale x |kernel|^2. Of the scatter matrix [v v] or,
     where the examples are fewer than voxels, their weighted Gram matrix [n n], all about the weighted mean, the
-    eigenvalues are computed once for all penalties, in float64; scale is their sum over the number of voxels.
-
-    Raises:
-        InputError: all trials are the same.
+    eigenvalues are computed once for all penalties, in float64; scale is their sum over the number of voxels. Where all
+    trials are the same, up to rounding, the mean tokens are decoded from anything.
     """
     dual = isinstance(train, Examples) and len(train.fmri) < train.fmri.shape[1]
     problem = _dual(train) if dual else _primal(train if isinstance(train, Moments) else Moments.of(train))
     values, vectors = np.linalg.eigh(problem.matrix)
     values = values.clip(0)
     if values.mean() <= 1e-12 * problem.size:
-        raise InputError("the trials to learn from are all the same; a decoder needs trials that differ")
+        nothing = np.zeros((len(problem.mean_fmri), problem.right.shape[1]), np.float32)
+        return [LinearDecoder(problem.mean_fmri.astype(np.float32), problem.mean_tokens, nothing)] * len(penalties)
     scale = values.sum() / len(problem.mean_fmri)
     rotated = vectors.T @ problem.right
     back = vectors if problem.left is None else problem.left @ vectors
