@@ -5,6 +5,11 @@ fine-tuned whole, then the mapper, or a part of it, against the fine-tuned Brain
 tunes the mapper's MLPs. Both stages are those of training, from other first parameters, with a share of the new
 person's few stimuli held out for validation: it stops them, and picks the checkpoint.
 
+Left alone, the first stage makes the mapper useless: reconstructing the new brain's patterns and matching its few
+pictures, BrainVAE's latents move away from those that the source mapper predicts, and little data must teach it again.
+So its decoder also learns to read the new brain out of the source mapper's latents (`AdaptationConfig.readout_weight`),
+which is ours and not SynBrain's; docs/studies.md has what it is worth.
+
 Only what is tuned has a gradient and an optimizer's state. With LoRA (Hu et al. 2021, arXiv 2106.09685) that is a
 product of two thin matrices for each kernel, which the result has added to the kernels: a system as any other.
 """
@@ -23,13 +28,15 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 from jaxtyping import PyTree
 
-from synbrain_jax import run, stages
+from synbrain_jax import losses, run, stages
 from synbrain_jax.checkpoint import Bundle, check_workdir, claim_workdir
 from synbrain_jax.config import AdaptationConfig, Config, DataConfig, MeshConfig, Stage1Config, Stage2Config
 from synbrain_jax.data.pairs import Dataset, load_trials, open_dataset
 from synbrain_jax.distributed import first_then_others, is_first, whole
 from synbrain_jax.errors import InputError
 from synbrain_jax.files import read_text, write_text
+from synbrain_jax.models.brain_vae import BrainVAE
+from synbrain_jax.models.semantic_to_neural import SemanticToNeural
 from synbrain_jax.sharding import make_mesh, replicated
 from synbrain_jax.synthesis import SynBrain
 from synbrain_jax.training import Stage, TrainState, check_batch_sizes, fit, init_state, make_optimizer
@@ -76,6 +83,8 @@ def adapt(
 
     validation = load_trials(dataset, "validation")
     stage1 = stages.stage1(config, [dataset], [validation])
+    if settings.readout_weight:
+        stage1 = with_readout(stage1, config, params["mapper"], settings.readout_weight, mesh)
     stage1 = dataclasses.replace(stage1, start=_start_at(params["brain_vae"], config.stage1))
     brain_vae = fit(stage1, config, mesh, workdir / "stage1")
 
@@ -185,6 +194,27 @@ def _start_at(params: PyTree, settings: Stage1Config | Stage2Config) -> Callable
         return jax.jit(fresh, out_shardings=places)(jax.device_put(params, places.params))
 
     return start
+
+
+# ---- what the source has learnt of pictures ----------------------------------------------------------
+
+
+def with_readout(stage: Stage, config: Config, mapper: PyTree, weight: float, mesh: Mesh) -> Stage:
+    """BrainVAE's stage with a term more in its loss: the pattern decoded from the latent that `mapper`, the source's and
+    on the host, predicts from the picture's tokens, against the trial. Logged unweighted, per voxel, as `readout`."""
+    network, brain_vae = SemanticToNeural(config.mapper), BrainVAE(config.brain_vae)
+
+    def loss(params, mapper, batch, key):
+        total, terms = stage.loss(params, {}, batch, key)
+        tokens, fmri = batch["tokens"].astype(jnp.float32), batch["fmri"]
+        latent = network.apply({"params": mapper}, tokens, method="predict_latent")
+        pattern = brain_vae.apply({"params": params}, latent, fmri.shape[-1], method="decode")
+        error = losses.voxel_mse(pattern, fmri)
+        scale = fmri.shape[-1] if config.stage1.loss_scale == "sum" else 1
+        total = total + weight * scale * error
+        return total, {**terms, "loss": total, "readout": error}
+
+    return dataclasses.replace(stage, loss=loss, frozen=jax.device_put(mapper, replicated(mesh)))
 
 
 # ---- parts of the mapper ----------------------------------------------------------------------------

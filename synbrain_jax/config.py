@@ -288,6 +288,9 @@ class AdaptationConfig:
     """At most; none: as many as the source was trained."""
     brain_vae_rate: float = 0.5
     """Learning rate, times the source's."""
+    readout_weight: float = 4.0
+    """In BrainVAE's loss, of the squared error per voxel of what it decodes from the source mapper's latents, beside 1 for
+    that of its reconstructions. At 0, as in SynBrain, its latents may move away from those that the mapper has learnt."""
     mapper_rate: float = 1.0
     """Learning rate, times the source's."""
     eval_every: int | None = None
@@ -302,6 +305,7 @@ class AdaptationConfig:
             _check(value is None or value >= 1, field, value, "at least 1")
         for field in ("brain_vae_rate", "mapper_rate"):
             _check(getattr(self, field) > 0, field, getattr(self, field), "above 0")
+        _check(self.readout_weight >= 0, "readout_weight", self.readout_weight, "at least 0")
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

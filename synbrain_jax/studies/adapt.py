@@ -116,7 +116,6 @@ def _predictions(
         sessions=amount.sessions,
         stimuli=amount.stimuli,
         validation_share=VALIDATION_SHARE,
-        brain_vae_steps=max(1, own.stage1.steps // 2),
         mapper_steps=max(1, own.stage2.steps // 2),
         patience=PATIENCE,
         seed=seed,

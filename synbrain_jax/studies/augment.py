@@ -118,7 +118,6 @@ def _system(
     how = AdaptationConfig(
         stimuli=amount,
         validation_share=VALIDATION_SHARE,
-        brain_vae_steps=max(1, own.stage1.steps // 2),
         mapper_steps=max(1, own.stage2.steps // 2),
         seed=seed,
     )
