@@ -289,8 +289,8 @@ class AdaptationConfig:
     brain_vae_rate: float = 0.5
     """Learning rate, times the source's."""
     readout_weight: float = 4.0
-    """In BrainVAE's loss, of the squared error per voxel of what it decodes from the source mapper's latents, beside 1 for
-    that of its reconstructions. At 0, as in SynBrain, its latents may move away from those that the mapper has learnt."""
+    """In BrainVAE's loss, of the squared error per voxel of what it decodes from the source mapper's latents; its own
+    reconstructions have 1. At 0, as in SynBrain, its latents may move away from those that the mapper has learnt."""
     mapper_rate: float = 1.0
     """Learning rate, times the source's."""
     eval_every: int | None = None
