@@ -21,7 +21,7 @@ from synbrain_jax.data.arrays import prepare_arrays
 from synbrain_jax.data.pairs import load_trials
 from synbrain_jax.errors import InputError
 from synbrain_jax.sharding import make_mesh
-from synbrain_jax.synthesis import load_pretrained
+from synbrain_jax.synthesis import SynBrain, load_pretrained, model_order
 from synbrain_jax.training import step_program
 
 OPTIMIZER = OptimizerConfig(learning_rate=4e-3, ema_decay=0.5)
@@ -145,6 +145,30 @@ def test_the_optimizer_holds_the_part_alone_and_the_loss_is_the_whole_mappers(pa
     assert stage.validate(other) == pytest.approx(whole.validate(joined), rel=1e-5)
 
 
+@pytest.mark.parametrize("loss_scale", ["voxel", "sum"])
+def test_what_brain_vae_reads_out_of_the_sources_latents_is_in_its_loss(new, loss_scale):
+    config = dataclasses.replace(CONFIG, stage1=dataclasses.replace(CONFIG.stage1, loss_scale=loss_scale))
+    trials = load_trials(new, "train")
+    plain = stages.stage1(config, [new], [trials])
+    stage = adaptation.with_readout(plain, config, PARAMS["mapper"], 3.0, ONE)
+    fmri, tokens = trials.fmri[:6], trials.tokens[trials.stimulus[:6]]
+    changed = jax.tree.map(lambda leaf: leaf * 1.1, PARAMS["brain_vae"])  # the source's mapper, not its BrainVAE
+    order = model_order(config.data.voxel_order, new.voxels.order)
+    batch = {"fmri": fmri[:, order], "tokens": tokens}
+
+    total, terms = jax.jit(stage.loss)(changed, stage.frozen, batch, None)
+    before, others = jax.jit(plain.loss)(changed, {}, batch, None)
+    decoded = SynBrain(Bundle.uncorrected(config, {**PARAMS, "brain_vae": changed}, new.voxels, new.name, None))
+    error = np.square(decoded.predict(tokens).astype(np.float64) - fmri).mean()
+    assert float(terms["readout"]) == pytest.approx(error, rel=1e-4)
+    scale = {"voxel": 1, "sum": fmri.shape[1]}[loss_scale]
+    assert float(total) == pytest.approx(float(before) + 3 * scale * error, rel=1e-4)
+    assert float(terms["loss"]) == float(total)
+    assert {name: float(value) for name, value in terms.items() if name in ("mse", "kl", "soft_clip")} == pytest.approx(
+        {name: float(others[name]) for name in ("mse", "kl", "soft_clip")}, rel=1e-4
+    )
+
+
 # ---- the run -------------------------------------------------------------------------------------
 
 SETTINGS = AdaptationConfig(stimuli=5, validation_share=0.4, brain_vae_rate=2.0, seed=3, part="lora", lora_rank=2)
@@ -190,6 +214,8 @@ def test_training_begins_where_the_source_ended_on_the_new_brains_validation(ada
     assert {name: first[f"val/{name}"] for name in expected} == pytest.approx(expected, rel=1e-5)
     last = [line["val/loss"] for line in tiny.log_of(adapted[0] / "stage1") if "val/loss" in line][-1]
     assert last < first["val/loss"]
+    readouts = [line["train/readout"] for line in tiny.log_of(adapted[0] / "stage1") if "train/readout" in line]
+    assert readouts[-1] < readouts[0]
 
 
 def test_a_killed_adaptation_ends_with_the_same_bits(adapted, source, new, tmp_path, monkeypatch):
@@ -219,6 +245,7 @@ def test_a_killed_adaptation_ends_with_the_same_bits(adapted, source, new, tmp_p
     [
         (dict(lora_rank=3), "lora_rank: 2 here, 3 given"),
         (dict(part="mlp"), "part: 'lora' here, 'mlp' given"),
+        (dict(readout_weight=0.0), "readout_weight: 4.0 here, 0.0 given"),
         (dict(mapper_rate=0.5), "stage2.optimizer.learning_rate: 0.004 here, 0.002 there"),
         (dict(stimuli=4), "data.stimuli: 5 here, 4 there"),
     ],
@@ -254,6 +281,11 @@ def test_settings_out_of_range_are_named(field):
 def test_a_learning_rate_is_above_0(field):
     with pytest.raises(InputError, match=rf"^{field} is 0.0; expected above 0$"):
         AdaptationConfig(**{field: 0.0})
+
+
+def test_a_weight_is_not_negative():
+    with pytest.raises(InputError, match=r"^readout_weight is -1.0; expected at least 0$"):
+        AdaptationConfig(readout_weight=-1.0)
 
 
 @pytest.mark.slow
