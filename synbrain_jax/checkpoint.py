@@ -14,8 +14,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
-from etils import epath
+from etils import epath, epy
 from jaxtyping import Array, Float, PyTree, UInt32
 
 from synbrain_jax.config import Config
@@ -26,6 +25,9 @@ from synbrain_jax.files import read_npz, read_text, write_npz, write_text
 from synbrain_jax.models.brain_vae import brain_vae_shapes
 from synbrain_jax.models.semantic_to_neural import mapper_shapes
 from synbrain_jax.variability import Spread
+
+with epy.lazy_imports():  # at its first use: half a second that who wants the models alone does not wait for
+    import orbax.checkpoint as ocp
 
 _SECONDS_TO_APPEAR = 90  # a network file system may remember for a minute that a file was not there
 
@@ -240,7 +242,7 @@ def _check_sum(found, note: dict) -> None:
         raise ValueError("its values have changed since they were written")
 
 
-def _alone(handler: type, **options) -> ocp.Checkpointer:
+def _alone(handler: type, **options) -> "ocp.Checkpointer":
     """A checkpointer for one of several processes, which does not wait for the others."""
     me = jax.process_index()
     alone = ocp.options.MultiprocessingOptions(

@@ -17,13 +17,16 @@ from typing import Any, NoReturn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
+from etils import epy
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import PyTree
 
 from synbrain_jax.errors import InputError, Stopped
+
+with epy.lazy_imports():  # as in `checkpoint.py`
+    import orbax.checkpoint as ocp
 
 HEARTBEAT_SECONDS = 100  # a process that has been silent for so long is taken for dead; the others then end
 _A_WEEK = 7 * 24 * 3600  # waiting for another's long work ends by its death, not by the clock

@@ -179,7 +179,7 @@ def test_the_package_alone_needs_no_data_library_no_plots_and_no_network():
     done = subprocess.run([sys.executable, "-c", IMPORT_AND_REPORT], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
-    heavy = {"tensorflow_datasets", "grain", "transformers", "sklearn", "matplotlib", "torch", "tensorflow"}
+    heavy = {"orbax", "tensorflow_datasets", "grain", "transformers", "sklearn", "matplotlib", "torch", "tensorflow"}
     assert not heavy & set(result["modules"])
     assert {"synbrain_jax", "jax", "flax"} <= set(result["modules"])
     assert 10 <= len(result["public"]) <= 30
