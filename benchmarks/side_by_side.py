@@ -86,11 +86,16 @@ def start(side: str, python: str, threads: int) -> Worker:
 def take_turns(
     workers: dict[str, Worker], pairs: int, steps: int, tell: Callable[[str], None]
 ) -> dict[str, dict[str, list[float]]]:
-    """Of each side the `seconds`, `cpu_seconds` of a step in each turn, and processors it kept busy while it waited."""
+    """Of each side the `seconds`, `cpu_seconds` of a step in each turn, and processors it kept busy while it waited.
+
+    A step before them in each turn is not counted: memory that a program has freed may meanwhile be another's, or on a
+    virtual machine the host's, and costs seconds to get again.
+    """
     found = {side: {"seconds": [], "cpu_seconds": [], "busy_waiting": []} for side in workers}
     for pair in range(pairs):
         for side, worker in workers.items():
             others = {name: other for name, other in workers.items() if name != side}
+            worker.ask("step", times=1)
             before = {name: other.cpu_seconds() for name, other in others.items()}
             reply = worker.ask("step", times=steps)
             for name, other in others.items():

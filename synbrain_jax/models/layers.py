@@ -20,7 +20,7 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from synbrain_jax.models.operations import attend, gelu_erf, group_norm
+from synbrain_jax.models.operations import attend, dense_product, gelu_erf, group_norm, linear
 
 LAYER_NORM_EPS = 1e-5
 
@@ -99,7 +99,7 @@ class Conv(nn.Module):
         x, kernel, bias = (a.astype(self.dtype) for a in (x, kernel, bias))
         match self.kind:
             case "same" if self.width == 1:
-                y = jnp.einsum("blc,cf->blf", x, kernel[0])
+                y = linear(x, kernel[0])
             case "same" if self.features < 8 <= channels:
                 y = conv_to_few(x, kernel)
             case "same":
@@ -122,7 +122,15 @@ class Dense(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "*b c"]) -> Float[Array, "*b f"]:
         init = torch_uniform(x.shape[-1])
-        return nn.Dense(self.features, dtype=self.dtype, kernel_init=init, bias_init=init, name="linear")(x)
+        dense = nn.Dense(
+            self.features,
+            dtype=self.dtype,
+            kernel_init=init,
+            bias_init=init,
+            dot_general=dense_product,
+            name="linear",
+        )
+        return dense(x)
 
 
 # --- normalisation and activation ---

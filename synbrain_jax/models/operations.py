@@ -23,6 +23,32 @@ GROUP_NORM_EPS = 1e-6
 MODULATED_NORM_EPS = 1e-6
 
 
+# --- linear layers ---
+
+
+@jax.custom_vjp
+def linear(x: Float[Array, "*b c"], kernel: Float[Array, "c f"]) -> Float[Array, "*b f"]:
+    """x @ kernel. The kernel's gradient is one product of matrices that gives it as it is stored; of the automatic one,
+    its transpose by a sum over several axes, a CPU's compiler first copies the operands."""
+    return jnp.matmul(x, kernel)
+
+
+def _linear_backward(residuals, grad):
+    x, kernel = residuals
+    rows, of_rows = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
+    of_x = lax.dot_general(grad, kernel, (((grad.ndim - 1,), (1,)), ((), ())))
+    return of_x, lax.dot_general(rows, of_rows, (((0,), (0,)), ((), ())))
+
+
+linear.defvjp(lambda x, kernel: (linear(x, kernel), (x, kernel)), _linear_backward)
+
+
+def dense_product(x, kernel, _dimensions, precision=None):
+    """`linear` as `nn.Dense(dot_general=...)`."""
+    assert precision is None, precision
+    return linear(x, kernel)
+
+
 # --- normalisation ---
 
 

@@ -22,7 +22,7 @@ from jaxtyping import Array, Float, PyTree
 
 from synbrain_jax.errors import InputError
 from synbrain_jax.models.layers import position_embedding, timestep_embedding
-from synbrain_jax.models.operations import attend_heads, gelu_tanh, modulated_norm
+from synbrain_jax.models.operations import attend_heads, dense_product, gelu_tanh, modulated_norm
 
 TIME_FREQUENCIES = 256
 _xavier = nn.initializers.xavier_uniform()
@@ -72,7 +72,7 @@ class MapperConfig:
 
 
 def _dense(features: int, dtype: DTypeLike, name: str, kernel_init=_xavier) -> nn.Dense:
-    return nn.Dense(features, dtype=dtype, kernel_init=kernel_init, name=name)
+    return nn.Dense(features, dtype=dtype, kernel_init=kernel_init, dot_general=dense_product, name=name)
 
 
 class _Modulation(nn.Module):

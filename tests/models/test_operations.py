@@ -12,6 +12,22 @@ from test_layers import assert_same_function, normal
 from synbrain_jax.models import operations
 
 
+@pytest.mark.parametrize("rows", [(5,), (2, 3), (1, 1, 4)])
+def test_gradients_of_a_linear_layer_are_those_of_the_product(rows):
+    x, kernel = normal(*rows, 4), normal(4, 6, seed=1)
+    assert_same_function(operations.linear, lambda x, kernel: jnp.einsum("...c,cf->...f", x, kernel), x, kernel)
+
+
+def test_the_gradient_of_a_kernel_is_a_product_of_matrices_that_needs_no_transposition():
+    def total(kernel):
+        return operations.linear(normal(2, 3, 4), kernel).sum()
+
+    made = [equation for equation in jax.make_jaxpr(jax.grad(total))(jnp.ones((4, 6))).eqns if equation.outvars]
+    assert made[-1].primitive.name == "dot_general"
+    assert [variable.aval.shape for variable in made[-1].invars] == [(6, 4), (6, 6)]
+    assert made[-1].outvars[0].aval.shape == (4, 6)
+
+
 @pytest.mark.parametrize("swish", [False, True])
 @pytest.mark.parametrize(("channels", "groups"), [(6, 2), (4, 4), (6, 1)])
 def test_gradient_of_group_norm_is_that_of_its_definition(channels, groups, swish):
