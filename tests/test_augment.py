@@ -197,7 +197,7 @@ def test_true_responses_help_and_what_is_done_is_not_done_again(small_study):
     assert verdicts[f"Synthetic data improve brain retrieval with little real data {of}"].holds
     falls = verdicts[f"Image retrieval falls with 8x synthetic data, as in the paper's Table 13 {of}"]
     assert falls.holds is False
-    assert len(verdicts) == 10
+    assert len(verdicts) == 12
     arms = [row[0] for row in made.sections[1].tables[0].rows]
     assert arms == [
         REAL, "+ 1x mode", "+ 8x mode", "8x mode alone", "+ 1x calibrated", "+ 8x calibrated", "8x calibrated alone",
@@ -315,9 +315,9 @@ def test_claims_and_tables_follow_the_numbers():
         [claim.holds for claim in sections[0].claims if f"({decoder}," in claim.text]
         for decoder in ("ridge", "network")
     )
-    assert ridge == [True] * 5
-    assert network == [False] * 5  # no difference at all
-    evidence = sections[0].claims[3].evidence
+    assert ridge == [True] * 6
+    assert network == [False] * 6  # no difference at all
+    evidence = sections[0].claims[4].evidence
     assert evidence.startswith("brain retrieval, + 8x calibrated less + 1x calibrated: -0.250 [-0.3")
     assert evidence.endswith("], by seed -0.300, -0.200")
     paper = sections[0].tables[0]
@@ -328,6 +328,24 @@ def test_claims_and_tables_follow_the_numbers():
     gains = {row[0]: row[1:] for row in sections[1].tables[1].rows}
     assert gains["+ 8x calibrated"][0].value == pytest.approx(-0.3)
     assert gains[CHOSEN][1].value == pytest.approx(0.4)
+    assert sections[1].tables[3].rows == sections[1].tables[1].rows  # of single trials, here as good
+
+
+def test_every_amount_has_its_claims():
+    better = {"ridge/+ 1x mode": (0.5, 0.9, 0.9)}
+    outcomes = {250: Outcome([scores()], draws=50), 60: Outcome([scores(**better)], draws=50)}
+    claims = augment_page.sections(outcomes, (1.0, 8.0))[0].claims
+    assert len(claims) == 24
+    improve = [claim for claim in claims if "Synthetic data improve brain retrieval from single trials" in claim.text]
+    assert [(claim.text.split("(")[1], claim.holds) for claim in improve] == [
+        ("ridge, 60 real pictures, mean of seeds)", True),
+        ("network, 60 real pictures, mean of seeds)", False),
+        ("ridge, 250 real pictures, mean of seeds)", False),
+        ("network, 250 real pictures, mean of seeds)", False),
+    ]
+    assert improve[0].evidence.startswith(
+        "brain retrieval from single trials, chosen by validation less real only: +0.4"
+    )
 
 
 def test_the_figure_shows_every_amount_and_kind():

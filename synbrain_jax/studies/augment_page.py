@@ -21,6 +21,7 @@ DECODERS = ("ridge", "network")
 KINDS = ("mode", "calibrated")
 SCORES = ("image", "brain", "two_way")
 NAMES = {"image": "image retrieval", "brain": "brain retrieval", "two_way": "two-way"}
+_FROM_TRIALS = {"trial_brain": "brain retrieval from single trials"}
 REAL, CHOSEN = "real only", "chosen by validation"
 FIGURE = "retrieval"
 # Image and brain retrieval of SynBrain's Table 13: subject 1, an hour of real data, and so many of synthetic data.
@@ -91,7 +92,7 @@ class Outcome:
 
 def sections(outcomes: Mapping[int, Outcome], ratios: Sequence[float]) -> list[Section]:
     """The claims with the figure and the paper's table, then the tables of each amount of real data."""
-    first, last = min(outcomes), max(outcomes)
+    last = max(outcomes)
     summary = Section(
         title="Decoding with synthetic data",
         text=(
@@ -103,7 +104,12 @@ def sections(outcomes: Mapping[int, Outcome], ratios: Sequence[float]) -> list[S
         ),
         tables=(_paper_table(outcomes[last], last, ratios),),
         figures=(Figure(FIGURE, _CAPTION),),
-        claims=tuple(claim for decoder in DECODERS for claim in _claims(decoder, outcomes[first], first, ratios)),
+        claims=tuple(
+            claim
+            for amount, outcome in sorted(outcomes.items())
+            for decoder in DECODERS
+            for claim in _claims(decoder, outcome, amount, ratios)
+        ),
     )
     return [summary, *(_amount_section(amount, outcome) for amount, outcome in outcomes.items())]
 
@@ -132,6 +138,9 @@ def _amount_section(amount: int, outcome: Outcome) -> Section:
     def gain(decoder: str, row: str, score: str) -> Cell:
         return outcome.difference(decoder, row, REAL, score)
 
+    def single_gain(decoder: str, row: str, score: str) -> Cell:
+        return gain(decoder, row, f"trial_{score}")
+
     chance = {"image": 1 / outcome.pool, "brain": 1 / outcome.pool, "two_way": 0.5}
     rows = (*outcome.arms, CHOSEN)
     chosen = "; ".join(f"{decoder}: {', '.join(outcome.chosen(decoder))}" for decoder in DECODERS)
@@ -139,6 +148,7 @@ def _amount_section(amount: int, outcome: Outcome) -> Section:
         f"Top-1 among {outcome.pool} pictures; 95 % bootstrap intervals over test pictures, mean of seeds. Chosen by "
         f"validation, seed by seed: {chosen}."
     )
+    paired = "Paired by test picture."
     best = {f"{decoder}: {NAMES[score]}": "high" for decoder in DECODERS for score in SCORES}
     return Section(
         title=f"{amount} real pictures",
@@ -152,8 +162,9 @@ def _amount_section(amount: int, outcome: Outcome) -> Section:
                 best=best,
                 apart=("chance",),
             ),
-            table("the same, less real data only", rows[1:], gain, SCORES, note="Paired by test picture."),
+            table("the mean of a picture's trials, less real data only", rows[1:], gain, SCORES, note=paired),
             table("single trials", (*rows, "chance"), single, SCORES, best=best, apart=("chance",)),
+            table("single trials, less real data only", rows[1:], single_gain, SCORES, note=paired),
         ),
     )
 
@@ -181,11 +192,12 @@ def _paper_table(outcome: Outcome, amount: int, ratios: Sequence[float]) -> Tabl
 
 
 def _claims(decoder: str, outcome: Outcome, amount: int, ratios: Sequence[float]) -> list[Claim]:
-    """Of the least real data. Which arms are compared is fixed beforehand, or chosen by validation."""
+    """Of one amount of real data. Which arms are compared is fixed beforehand, or chosen by validation."""
     one, most, few = min(ratios, key=lambda ratio: abs(ratio - 1)), max(ratios), f"{decoder}, {amount} real pictures"
     paper, little, much = "as in the paper's Table 13", arm("calibrated", one), arm("calibrated", most)
     compared = [
         ("Synthetic data improve brain retrieval with little real data", "brain", CHOSEN, REAL, 1),
+        ("Synthetic data improve brain retrieval from single trials", "trial_brain", CHOSEN, REAL, 1),
         (f"{one:g}x synthetic data, the paper's best amount, improve brain retrieval", "brain", little, REAL, 1),
         (f"Image retrieval falls with {most:g}x synthetic data, {paper}", "image", much, REAL, -1),
         (f"Brain retrieval falls from {one:g}x to {most:g}x synthetic data, {paper}", "brain", much, little, -1),
@@ -194,7 +206,7 @@ def _claims(decoder: str, outcome: Outcome, amount: int, ratios: Sequence[float]
     claims = []
     for text, score, name, other, sign in compared:
         difference = outcome.difference(decoder, name, other, score)
-        told = f"{NAMES[score]}, {name} less {other}: {difference.value:+.3f}"
+        told = f"{(NAMES | _FROM_TRIALS)[score]}, {name} less {other}: {difference.value:+.3f}"
         first, second = (outcome.by_seed(decoder, one_arm, score).mean(axis=1) for one_arm in (name, other))
         told += f" [{difference.low:+.3f}, {difference.high:+.3f}], by seed "
         told += ", ".join(f"{value:+.3f}" for value in first - second)
