@@ -349,9 +349,11 @@ def test_every_amount_has_its_claims():
 
 
 def test_the_figure_shows_every_amount_and_kind():
-    outcomes = {60: Outcome([scores()], draws=50), 250: Outcome([scores(image=0.75)], draws=50)}
+    outcomes = {60: Outcome([scores()], draws=50), 250: Outcome([scores(image=0.75, brain=1.0)], draws=50)}
     drawn = augment_page.curves(outcomes, (1.0, 8.0))
     panels = drawn.axes
+    assert panels[1].get_ylim()[0] == 0
+    assert panels[1].get_ylim()[1] >= 1  # of both panels of a row
     assert [panel.get_title() for panel in panels[:2]] == ["ridge: image retrieval", "ridge: brain retrieval"]
     lines = {line.get_label(): line.get_ydata() for line in panels[0].lines}
     np.testing.assert_allclose(lines["60 real pictures, mode"], [0.5] * 3)

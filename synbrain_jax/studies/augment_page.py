@@ -236,8 +236,8 @@ def curves(outcomes: Mapping[int, Outcome], ratios: Sequence[float]) -> Picture:
                     _line(panel, outcome, decoder, score, kind, ratios, colour, f"{amount} real pictures, {kind}")
             panel.axhline(1 / outcome.pool, color="black", linestyle=":", linewidth=1, label="chance")
             panel.set_title(f"{decoder}: {NAMES[score]}", fontsize=11)
-            panel.set_ylim(bottom=0)
             panel.grid(alpha=0.3)
+        row[0].set_ylim(bottom=0)  # of the row, once all is drawn: it ends the automatic scaling
     for panel in panels[-1]:
         panel.set_xticks(range(len(ratios) + 1), ["0", *(f"{ratio:g}" for ratio in ratios)])
         panel.set_xlabel("synthetic trials per real trial")
