@@ -135,7 +135,7 @@ def without_key_biases(mapper: dict) -> dict:
     return jax.tree.map_with_path(kept, mapper)
 
 
-OTHERS = ["data 8", pytest.param("fsdp 8", marks=pytest.mark.slow), "2 x 2 x 2"]
+OTHERS = [*(pytest.param(name, marks=pytest.mark.slow) for name in ("data 8", "fsdp 8")), "2 x 2 x 2"]
 
 
 @pytest.mark.parametrize("name", OTHERS)

@@ -43,7 +43,13 @@ for command in json.loads(sys.argv[1]):
 
 def run_commands(commands: Sequence[Sequence[str]]) -> None:
     command = [sys.executable, "-c", PROGRAM, json.dumps(commands)]
-    done = subprocess.run(command, env={**os.environ, "XLA_FLAGS": ""}, cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        command,
+        env={**os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=0"},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
 
 
