@@ -49,7 +49,8 @@ CAPTIONS = {
     "patterns": "Measured responses above, synthesised ones below, for stimuli from the best to the worst predicted; "
     "the mean over stimuli is removed from both. r is over voxels.",
     "slices": "Volume slices of measured and synthesised responses, and of voxel r beside its noise ceiling.",
-    "samples": "Single trials beside synthetic samples of the same stimuli, in the most reliable voxels.",
+    "samples": "Single trials beside synthetic samples of the same stimuli, in the most reliable voxels. Calibrated "
+    "samples vary as trials do about the prediction, and so more than trials of a stimulus do about their own mean.",
     "loss_curves": "What training and validation logged; the line is at the checkpoint that was chosen.",
 }
 FEW_STIMULI = 20

@@ -351,6 +351,19 @@ def test_claims_hold_for_a_system_that_knows_the_truth_and_its_noise(studied):
     assert all(one.low - 1e-6 <= one.value <= one.high + 1e-6 for one in estimates)
 
 
+def test_draws_of_how_regions_differ_in_selectivity_lie_about_what_all_stimuli_give():
+    """In a draw some stimuli are there twice, which alone makes d' noisier and its correlation smaller."""
+    dataset, test, responses = known_brain(1, np.random.default_rng(0).normal(size=(40, 3)))
+    brain = the_study._brain(dataset, test, the_study.categories_of(None, [test]), 100)
+    noise = 5 * np.random.default_rng(1).normal(size=(len(test.fmri), responses.shape[1]))
+    made = dataclasses.replace(brain.trials, fmri=(responses[test.stimulus] + noise).astype(np.float32))
+    r = the_study._region_scores(brain, made)["d prime, r"]
+    assert len(r) == 101
+    assert r[0] < 0.9  # or clipping would show
+    assert r[1:].mean() == pytest.approx(r[0], abs=0.03)
+    assert r[1:].std() > 0.02
+
+
 def test_a_claim_is_what_the_whole_interval_says():
     def drawn(low, high):
         return np.concatenate([[(low + high) / 2], np.linspace(low, high, 1001)])

@@ -44,6 +44,7 @@ from synbrain_jax.studies.common import (
     trained,
 )
 
+_DEFAULT = AdaptationConfig()
 STIMULI = (250, 500, 1000, 2000, 4000, 8000)
 VALIDATION_SHARE, PATIENCE = 0.1, 3
 ROWS = {"adapted": "adapted", "scratch": "from scratch", "ridge": "ridge", "kernel_ridge": "kernel ridge"}
@@ -222,6 +223,12 @@ def section(
     )
     return Section(
         title=f"Adaptation from {source} to {new}",
+        text=(
+            f"Adapted: all of BrainVAE, with a weight of {_DEFAULT.readout_weight:g} for what it reads out of the "
+            f"source mapper's latents, then of the mapper the part `{_DEFAULT.part}`, for at most half as many steps "
+            f"as the source's. {VALIDATION_SHARE:.0%} of the stimuli are held out for validation, of the system "
+            "that is trained from scratch too; the regressions are fitted to all."
+        ),
         tables=(scores, differences),
         figures=(Figure(figure, caption),),
         claims=tuple(claims(leads, what)),

@@ -46,7 +46,7 @@ MAX_REGIONS = 24
 MAX_SAMPLES = 20  # per stimulus
 MAX_LATENT_VALUES = 50_000_000  # 200 MB
 EVERYWHERE = "all voxels"
-_VERSION = 2  # of the numbers in a scores file
+_VERSION = 3  # of the numbers in a scores file
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -289,7 +289,9 @@ def _region_scores(brain: Brain, made: Responses) -> Drawn:
     own = [name != EVERYWHERE for name in brain.rois]
     if sum(own) > 1:
         parts = [side[:, :, own] - side[:, :, own].mean(axis=2, keepdims=True) for side in sides]
-        found["d prime, r"] = measure.row_r(*(part.reshape(len(part), -1) for part in parts))
+        r = measure.row_r(*(part.reshape(len(part), -1) for part in parts))
+        r[1:] = np.clip(r[1:] + r[0] - np.nanmean(r[1:]), -1, 1)  # as in `_map_scores`
+        found["d prime, r"] = r
     return found
 
 

@@ -94,7 +94,7 @@ def _claims(reports: Sequence[Mapping[str, Any]], ceiling: float | None, true: b
     own = [report["rows"]["calibrated"] for report in reports]
     ratios = [one["variance_ratio"][1] for one in own]
     yield Claim(
-        f"Calibrated samples vary as much as trials do (median voxel, ratio {RATIO[0]} to {RATIO[1]})",
+        f"Calibrated samples vary about the prediction as trials do (median voxel, ratio {RATIO[0]} to {RATIO[1]})",
         all(RATIO[0] <= ratio <= RATIO[1] for ratio in ratios),
         f"ratio by seed: {_listed(ratios)}",
     )
