@@ -201,9 +201,10 @@ def _start_at(params: PyTree, settings: Stage1Config | Stage2Config) -> Callable
 
 def with_readout(stage: Stage, config: Config, mapper: PyTree, weight: float, mesh: Mesh) -> Stage:
     """BrainVAE's stage with one more term in its loss: the pattern decoded from the latent that `mapper`, the source's,
-    predicts from the picture's tokens, against the trial (or mean of several). Logged unweighted, per voxel, as `readout`.
+    predicts from the picture's tokens, against the trial (or the mean of several).
 
-    Validation, which stops the stage and picks the checkpoint, is by the loss without it.
+    Logged unweighted, per voxel, as `readout`. Validation, which stops the stage and picks the checkpoint, is by the
+    loss without it.
     """
     network, brain_vae = SemanticToNeural(config.mapper), BrainVAE(config.brain_vae)
 
