@@ -5,8 +5,8 @@ fine-tuned whole, then the mapper, or a part of it, against the fine-tuned Brain
 tunes the mapper's MLPs. Both stages are those of training, from other first parameters, with a share of the new
 person's few stimuli held out for validation: it stops them, and picks the checkpoint.
 
-Left alone, the first stage makes the mapper useless: reconstructing the new brain's patterns and matching its few
-pictures, BrainVAE's latents move away from those that the source mapper predicts, and little data must teach it again.
+Left alone, the first stage can make the mapper useless: reconstructing the new brain's patterns and matching its few
+pictures, BrainVAE's latents may move away from those that the source mapper predicts; little data must teach it again.
 So its decoder also learns to read the new brain out of the source mapper's latents (`AdaptationConfig.readout_weight`),
 which is ours and not SynBrain's; docs/studies.md has what it is worth.
 

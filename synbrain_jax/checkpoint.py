@@ -26,7 +26,7 @@ from synbrain_jax.models.brain_vae import brain_vae_shapes
 from synbrain_jax.models.semantic_to_neural import mapper_shapes
 from synbrain_jax.variability import Spread
 
-with epy.lazy_imports():  # at its first use: half a second that who wants the models alone does not wait for
+with epy.lazy_imports():  # at its first use, for which who wants the models alone does not wait
     import orbax.checkpoint as ocp
 
 _SECONDS_TO_APPEAR = 90  # a network file system may remember for a minute that a file was not there

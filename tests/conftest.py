@@ -111,7 +111,8 @@ def two_subjects(tiny_dataset, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def start_training() -> Callable[..., subprocess.Popen]:
-    """Starts `train.py` as a user does: a process of its own, one device, if `env` does not ask for more."""
+    """Starts `train.py` as a user does, but compiled as the tests are: a process of its own, one device, if `env` does
+    not ask for more."""
     environment = {**os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=0"}
 
     def start(*arguments: str, **options) -> subprocess.Popen:

@@ -20,8 +20,12 @@ from synbrain_jax.statistics import Estimate, bootstrap_interval, paired_differe
 DECODERS = ("ridge", "network")
 KINDS = ("mode", "calibrated")
 SCORES = ("image", "brain", "two_way")
-NAMES = {"image": "image retrieval", "brain": "brain retrieval", "two_way": "two-way"}
-_FROM_TRIALS = {"trial_brain": "brain retrieval from single trials"}
+NAMES = {
+    "image": "image retrieval",
+    "brain": "brain retrieval",
+    "two_way": "two-way",
+    "trial_brain": "brain retrieval from single trials",
+}
 REAL, CHOSEN = "real only", "chosen by validation"
 FIGURE = "retrieval"
 # Image and brain retrieval of SynBrain's Table 13: subject 1, an hour of real data, and so many of synthetic data.
@@ -206,7 +210,7 @@ def _claims(decoder: str, outcome: Outcome, amount: int, ratios: Sequence[float]
     claims = []
     for text, score, name, other, sign in compared:
         difference = outcome.difference(decoder, name, other, score)
-        told = f"{(NAMES | _FROM_TRIALS)[score]}, {name} less {other}: {difference.value:+.3f}"
+        told = f"{NAMES[score]}, {name} less {other}: {difference.value:+.3f}"
         first, second = (outcome.by_seed(decoder, one_arm, score).mean(axis=1) for one_arm in (name, other))
         told += f" [{difference.low:+.3f}, {difference.high:+.3f}], by seed "
         told += ", ".join(f"{value:+.3f}" for value in first - second)
