@@ -31,14 +31,14 @@ from jaxtyping import PyTree
 from synbrain_jax import losses, run, stages
 from synbrain_jax.checkpoint import Bundle, check_workdir, claim_workdir
 from synbrain_jax.config import AdaptationConfig, Config, DataConfig, MeshConfig, Stage1Config, Stage2Config
-from synbrain_jax.data.pairs import Dataset, load_trials, open_dataset
+from synbrain_jax.data.pairs import Dataset, Trials, load_trials, open_dataset
 from synbrain_jax.distributed import first_then_others, is_first, whole
 from synbrain_jax.errors import InputError
 from synbrain_jax.files import read_text, write_text
 from synbrain_jax.models.brain_vae import BrainVAE
 from synbrain_jax.models.semantic_to_neural import SemanticToNeural
 from synbrain_jax.sharding import make_mesh, replicated
-from synbrain_jax.synthesis import SynBrain
+from synbrain_jax.synthesis import SynBrain, model_order
 from synbrain_jax.training import Stage, TrainState, check_batch_sizes, fit, init_state, make_optimizer
 
 SETTINGS_FILE = "adaptation.json"
@@ -84,7 +84,7 @@ def adapt(
     validation = load_trials(dataset, "validation")
     stage1 = stages.stage1(config, [dataset], [validation])
     if settings.readout_weight:
-        stage1 = with_readout(stage1, config, params["mapper"], settings.readout_weight, mesh)
+        stage1 = with_readout(stage1, config, params["mapper"], settings.readout_weight, mesh, dataset, validation)
     stage1 = dataclasses.replace(stage1, start=_start_at(params["brain_vae"], config.stage1))
     brain_vae = fit(stage1, config, mesh, workdir / "stage1")
 
@@ -199,26 +199,41 @@ def _start_at(params: PyTree, settings: Stage1Config | Stage2Config) -> Callable
 # ---- what the source has learnt of pictures ----------------------------------------------------------
 
 
-def with_readout(stage: Stage, config: Config, mapper: PyTree, weight: float, mesh: Mesh) -> Stage:
+def with_readout(
+    stage: Stage, config: Config, mapper: PyTree, weight: float, mesh: Mesh, dataset: Dataset, validation: Trials
+) -> Stage:
     """BrainVAE's stage with one more term in its loss: the pattern decoded from the latent that `mapper`, the source's,
     predicts from the picture's tokens, against the trial (or the mean of several).
 
-    Logged unweighted, per voxel, as `readout`. Validation, which stops the stage and picks the checkpoint, is by the
-    loss without it.
+    It is logged unweighted, per voxel, as `readout`, of training and validation; `loss` in the log, which stops the
+    stage and picks the checkpoint, stays the loss without it.
     """
     network, brain_vae = SemanticToNeural(config.mapper), BrainVAE(config.brain_vae)
+    frozen = jax.device_put(mapper, replicated(mesh))
 
-    def loss(params, mapper, batch, key):
-        total, terms = stage.loss(params, {}, batch, key)
+    def readout(params, mapper, batch):
         tokens, fmri = batch["tokens"].astype(jnp.float32), batch["fmri"]
         latent = network.apply({"params": mapper}, tokens, method="predict_latent")
         pattern = brain_vae.apply({"params": params}, latent, fmri.shape[-1], method="decode")
-        error = losses.voxel_mse(pattern, fmri)
-        scale = fmri.shape[-1] if config.stage1.loss_scale == "sum" else 1
-        total = total + weight * scale * error
-        return total, {**terms, "loss": total, "readout": error}
+        return losses.voxel_mse(pattern, fmri)
 
-    return dataclasses.replace(stage, loss=loss, frozen=jax.device_put(mapper, replicated(mesh)))
+    def loss(params, mapper, batch, key):
+        total, terms = stage.loss(params, {}, batch, key)
+        error = readout(params, mapper, batch)
+        scale = batch["fmri"].shape[-1] if config.stage1.loss_scale == "sum" else 1
+        return total + weight * scale * error, {**terms, "readout": error}
+
+    held_out = stages.trial_validation(
+        lambda params, _frozen, batch, _key: (None, {"readout": readout(params["brain_vae"], params["mapper"], batch)}),
+        validation,
+        model_order(config.data.voxel_order, dataset.voxels.order),
+        config.stage1.batch_size // config.stage1.accumulate,
+    )
+
+    def validate(params) -> dict[str, float]:
+        return {**stage.validate(params), **held_out({"brain_vae": params, "mapper": frozen})}
+
+    return dataclasses.replace(stage, loss=loss, validate=validate, frozen=frozen)
 
 
 # ---- parts of the mapper ----------------------------------------------------------------------------

@@ -315,22 +315,26 @@ def samples_and_trials(
     ceiling: Float[np.ndarray, "v"] | None,
     voxels: Voxels,
     title: str,
+    kind: str = "synthetic samples",
 ) -> Figure:
-    """Real test trials beside synthetic samples, per stimulus, in the voxels with the highest noise ceiling."""
+    """Real test trials beside synthetic samples, per stimulus, in the voxels with the highest noise ceiling.
+
+    `kind`: what to call the samples.
+    """
     if ceiling is None:
         rank, chosen_by = trials.var(axis=0), "trial variance"
     else:
         rank, chosen_by = ceiling, "noise ceiling"
     best = np.argsort(-np.nan_to_num(rank, nan=-np.inf), kind="stable")[:MAX_VOXELS]
     stimuli = np.unique(np.linspace(0, len(stimulus_id) - 1, MAX_STIMULI).round().astype(int))
-    note = "" if stimuli.size == len(stimulus_id) else f", {stimuli.size} of {len(stimulus_id):,} stimuli"
+    note = "" if stimuli.size == len(stimulus_id) else f", {stimuli.size} of the stimuli"
     columns = min(3, best.size)
     rows = math.ceil(best.size / columns)
     figure = Figure((WIDTH, 2.6 * rows + 1.9), layout="constrained")
     share = variance_share(trials, trial_stimulus, samples)
     carried = "unknown (needs two trials and two samples of a stimulus)" if math.isnan(share) else f"{share:.1%}"
     figure.suptitle(
-        f"{title}: real trials and synthetic samples, the {best.size} voxels of highest {chosen_by}{note}\n"
+        f"{title}: real trials and {kind}, the {best.size} voxels of highest {chosen_by}{note}\n"
         f"share of trial variance (within stimulus, all voxels) that the samples carry: {carried}",
         fontsize=12,
     )
@@ -349,7 +353,7 @@ def samples_and_trials(
         panel.set_ylabel(_signal(voxels))
     for panel in panels.ravel()[best.size :]:
         panel.set_axis_off()
-    for colour, label in ((BLUE, "real trials"), (VERMILION, "synthetic samples")):
+    for colour, label in ((BLUE, "real trials"), (VERMILION, kind)):
         panels[0, 0].plot([], [], color=colour, marker="o", markersize=4, label=f"{label} (line: their mean)")
     figure.legend(loc="outside lower center", ncols=2, frameon=False)
     return figure

@@ -237,12 +237,17 @@ def _drawn(run: Run) -> dict[str, bytes]:
     stimuli, ceiling = arrays["stimulus_id"], arrays.get("voxel_r_ceiling")
     target, prediction = metrics.centred(arrays["target"]), metrics.centred(arrays["prediction"])
     title = f"{run.report['dataset']}, {run.report['split']} split"
+    kind = "calibrated samples" if run.calibrated else "samples of BrainVAE's posterior"
     drawn = {
         "loss_curves": figures.loss_curves(run.stages),
         "patterns": figures.patterns(stimuli, target, prediction, voxels, title),
         "voxel_r": figures.voxel_r(arrays["voxel_r"], ceiling, len(stimuli), voxels, title),
         "samples": figures.samples_and_trials(
-            arrays["sampled_id"], arrays["trials"], arrays["trial_stimulus"], arrays["samples"], ceiling, voxels, title
+            *(arrays[name] for name in ("sampled_id", "trials", "trial_stimulus", "samples")),
+            ceiling,
+            voxels,
+            title,
+            kind,
         ),
     }
     if run.report.get("rois"):

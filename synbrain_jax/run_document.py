@@ -49,10 +49,14 @@ CAPTIONS = {
     "patterns": "Measured responses above, synthesised ones below, for stimuli from the best to the worst predicted; "
     "the mean over stimuli is removed from both. r is over voxels.",
     "slices": "Volume slices of measured and synthesised responses, and of voxel r beside its noise ceiling.",
-    "samples": "Single trials beside synthetic samples of the same stimuli, in the most reliable voxels. Calibrated "
-    "samples vary as trials do about the prediction, and so more than trials of a stimulus do about their own mean.",
+    "samples": "Single trials beside synthetic samples of the same stimuli, in the most reliable voxels.",
     "loss_curves": "What training and validation logged; the line is at the checkpoint that was chosen.",
 }
+_CALIBRATED = (
+    " Calibrated samples vary as trials do about the prediction, and so more than trials of a stimulus do about their "
+    "own mean."
+)
+_POSTERIOR = " The samples are of BrainVAE's posterior, which is not fitted to how trials vary."
 FEW_STIMULI = 20
 DRAWN_VALUES = 100_000_000  # draws x stimuli x voxels, where that allows 500 to 2,000 draws
 TOGETHER = 4_000_000  # draws x voxels at a time
@@ -94,10 +98,17 @@ def run_document(runs: Sequence[Run], figures: Sequence[str] = ()) -> Document:
     if report.get("rois"):
         sections.append(_regions_section(scores, report))
     if figures:
-        shown = tuple(Figure(name, caption) for name, caption in CAPTIONS.items() if name in figures)
+        shown = tuple(Figure(name, caption_of(name, runs[0])) for name in CAPTIONS if name in figures)
         of = f"Of {scores.seeds[0]}." if len(runs) > 1 else ""
         sections.append(Section("Figures", of, figures=shown))
     return Document(f"{name}{report['dataset']}, {report['split']} split", _facts(runs), tuple(sections))
+
+
+def caption_of(figure: str, run: Run) -> str:
+    """Of one of a run's figures."""
+    if figure != "samples":
+        return CAPTIONS[figure]
+    return CAPTIONS[figure] + (_CALIBRATED if run.calibrated else _POSTERIOR)
 
 
 def _facts(runs: Sequence[Run]) -> dict[str, str]:

@@ -39,6 +39,11 @@ class Run:
     config: Config | None
     facts: dict[str, str]
 
+    @property
+    def calibrated(self) -> bool:
+        """Whether its samples are calibrated, or of BrainVAE's posterior."""
+        return "calibration" in self.report
+
 
 def read_run(workdir: str | os.PathLike) -> Run:
     """The run in a folder. Raises InputError where a file is missing or incomplete, naming it and its command."""

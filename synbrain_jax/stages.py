@@ -65,7 +65,7 @@ def stage1(config: Config, datasets: Sequence[Dataset], validation: Sequence[Tri
         validate=_over_subjects(
             datasets,
             [
-                _stage1_validation(loss, trials, order, settings.batch_size // settings.accumulate)
+                trial_validation(loss, trials, order, settings.batch_size // settings.accumulate)
                 for trials, order in zip(validation, orders, strict=True)
             ],
         ),
@@ -295,9 +295,11 @@ def fit_correction(
     return (trials.fmri.mean(0) - gain * mean_prediction).astype(np.float32), gain
 
 
-def _stage1_validation(loss: LossFunction, validation: Trials, order: Int[np.ndarray, " v"], batch_size: int):
-    """The loss without sampling on the validation trials. All batches are full and hold trials from the whole
-    split, because the contrast is among a batch; a few trials, evenly spread, may be left out."""
+def trial_validation(
+    loss: LossFunction, validation: Trials, order: Int[np.ndarray, " v"], batch_size: int
+) -> Callable[[PyTree], dict[str, float]]:
+    """The terms of a loss, without sampling, on the validation trials. All batches are full and hold trials from the
+    whole split, because the contrast is among a batch; a few trials, evenly spread, may be left out."""
     evaluate = jit_beside(lambda params, batch: loss(params, {}, batch, None)[1])
     n = len(validation.fmri)
     size = min(batch_size, n)

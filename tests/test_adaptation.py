@@ -150,7 +150,7 @@ def test_what_brain_vae_reads_out_of_the_sources_latents_is_in_its_loss(new, los
     config = dataclasses.replace(CONFIG, stage1=dataclasses.replace(CONFIG.stage1, loss_scale=loss_scale))
     trials = load_trials(new, "train")
     plain = stages.stage1(config, [new], [trials])
-    stage = adaptation.with_readout(plain, config, PARAMS["mapper"], 3.0, ONE)
+    stage = adaptation.with_readout(plain, config, PARAMS["mapper"], 3.0, ONE, new, trials)
     fmri, tokens = trials.fmri[:6], trials.tokens[trials.stimulus[:6]]
     changed = jax.tree.map(lambda leaf: leaf * 1.1, PARAMS["brain_vae"])  # the source's mapper, not its BrainVAE
     order = model_order(config.data.voxel_order, new.voxels.order)
@@ -163,10 +163,35 @@ def test_what_brain_vae_reads_out_of_the_sources_latents_is_in_its_loss(new, los
     assert float(terms["readout"]) == pytest.approx(error, rel=1e-4)
     scale = {"voxel": 1, "sum": fmri.shape[1]}[loss_scale]
     assert float(total) == pytest.approx(float(before) + 3 * scale * error, rel=1e-4)
-    assert float(terms["loss"]) == float(total)
-    assert {name: float(value) for name, value in terms.items() if name in ("mse", "kl", "soft_clip")} == pytest.approx(
-        {name: float(others[name]) for name in ("mse", "kl", "soft_clip")}, rel=1e-4
-    )
+    assert float(others["loss"]) == float(before)
+    logged = {name: float(value) for name, value in terms.items() if name != "readout"}
+    assert logged == pytest.approx({name: float(value) for name, value in others.items()}, rel=1e-4)
+
+    rows = np.linspace(0, len(trials.fmri) - 1, len(trials.fmri) // 8 * 8).round().astype(int)  # full batches of 8
+    held_out = decoded.predict(trials.tokens)[trials.stimulus[rows]].astype(np.float64) - trials.fmri[rows]
+    expected = plain.validate(changed) | {"readout": np.square(held_out).mean()}
+    assert stage.validate(changed) == pytest.approx(expected, rel=1e-4)
+
+
+def test_the_readout_is_the_same_in_parts_of_a_batch_and_nearly_in_bfloat16(new):
+    trials = load_trials(new, "train")
+    rows = np.arange(8)
+    order = model_order(CONFIG.data.voxel_order, new.voxels.order)
+    batch = {"fmri": trials.fmri[rows][:, order], "tokens": trials.tokens[trials.stimulus[rows]]}
+    found = {}
+    for name, accumulate, dtype in (("whole", 1, "float32"), ("parts", 2, "float32"), ("half", 1, "bfloat16")):
+        stage1 = dataclasses.replace(CONFIG.stage1, accumulate=accumulate, contrast_size=4)
+        vae, mapper = (dataclasses.replace(model, dtype=dtype) for model in (CONFIG.brain_vae, CONFIG.mapper))
+        config = dataclasses.replace(CONFIG, stage1=stage1, brain_vae=vae, mapper=mapper)
+        plain = stages.stage1(config, [new], [trials])
+        stage = adaptation.with_readout(plain, config, PARAMS["mapper"], 3.0, ONE, new, trials)
+        program = step_program(stage.init, stage.loss, stage.config, ONE)
+        state = adaptation._start_at(PARAMS["brain_vae"], stage1)(program.target)
+        _, terms = program.step(state, stage.frozen, batch, jax.random.key(0))
+        found[name] = float(terms["readout"])
+    assert found["parts"] == pytest.approx(found["whole"], rel=1e-5)
+    assert found["half"] == pytest.approx(found["whole"], rel=0.03)
+    assert found["half"] != found["whole"]
 
 
 # ---- the run -------------------------------------------------------------------------------------
@@ -214,8 +239,9 @@ def test_training_begins_where_the_source_ended_on_the_new_brains_validation(ada
     assert {name: first[f"val/{name}"] for name in expected} == pytest.approx(expected, rel=1e-5)
     last = [line["val/loss"] for line in tiny.log_of(adapted[0] / "stage1") if "val/loss" in line][-1]
     assert last < first["val/loss"]
-    readouts = [line["train/readout"] for line in tiny.log_of(adapted[0] / "stage1") if "train/readout" in line]
-    assert readouts[-1] < readouts[0]
+    for name in ("train/readout", "val/readout"):
+        readouts = [line[name] for line in tiny.log_of(adapted[0] / "stage1") if name in line]
+        assert readouts[-1] < readouts[0]
 
 
 def test_a_killed_adaptation_ends_with_the_same_bits(adapted, source, new, tmp_path, monkeypatch):

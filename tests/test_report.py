@@ -14,7 +14,8 @@ from synbrain_jax import figures, files, report
 from synbrain_jax.data.voxels import Voxels
 from synbrain_jax.document import Document, Section
 from synbrain_jax.errors import InputError
-from synbrain_jax.run_files import read_curves
+from synbrain_jax.run_document import caption_of
+from synbrain_jax.run_files import read_curves, read_run
 
 STIMULI, TRIALS, VOXELS, SAMPLES = 3, 12, 60, 5
 SHAPE = (9, 6, 2)
@@ -352,6 +353,23 @@ def test_write_report_leaves_table_and_pictures(tmp_path, geometry, without):
         assert picture.shape[1] > 1000
         assert picture[..., :3].std() > 0.05
         assert (workdir / link).stat().st_size < 300_000
+
+
+@pytest.mark.parametrize(
+    ("more", "legend", "caption"),
+    [
+        ({"calibration": {}}, "calibrated samples", "Calibrated samples vary as trials do"),
+        ({}, "samples of BrainVAE's posterior", "not fitted to how trials vary"),
+    ],
+)
+def test_samples_are_called_what_they_are(tmp_path, monkeypatch, more, legend, caption):
+    kinds, real = [], figures.samples_and_trials
+    monkeypatch.setattr(figures, "samples_and_trials", lambda *given: kinds.append(given[-1]) or real(*given))
+    workdir = write_run(tmp_path)
+    files.write_text(workdir / "report.json", json.dumps(content() | more))
+    report.write_report(workdir)
+    assert kinds == [legend]
+    assert caption in caption_of("samples", read_run(workdir))
 
 
 def test_a_folder_of_studies_stands_for_them(tmp_path):

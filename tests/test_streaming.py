@@ -18,7 +18,7 @@ from test_encoding import make_bundle as make_picture_bundle
 from test_encoding import make_encoder, make_pictures
 from test_synthesis import BUNDLE, KEY, ONE, make_bundle
 
-from synbrain_jax import synthesis
+from synbrain_jax import response_files, synthesis
 from synbrain_jax.cli import main, plain_errors, systems
 from synbrain_jax.data.tokens import StoredTokens
 from synbrain_jax.errors import InputError, NotStored
@@ -141,6 +141,24 @@ def test_half_a_batch_is_not_taken_for_one(model, sent, expected, fmri, journal,
     found = stream_tokens(model, TOKENS, tmp_path, KEY, **DRAW)
     assert sent == left
     np.testing.assert_array_equal(found.fmri, expected)
+
+
+def test_a_batch_is_on_the_disk_before_it_is_noted(model, tmp_path, monkeypatch):
+    """Or a power cut could leave a note of what is not there."""
+    on_disk, noted = [0], []
+    monkeypatch.setattr(response_files.os, "fsync", lambda file: on_disk.append(os.fstat(file).st_size))
+    write = response_files._write
+
+    def recorded(file, content):
+        if file.name.endswith("batches.jsonl"):
+            noted.append((json.loads(content)["rows"], on_disk[-1]))
+        write(file, content)
+
+    monkeypatch.setattr(response_files, "_write", recorded)
+    stream_tokens(model, TOKENS, tmp_path, KEY, **DRAW)
+    row = K * tiny.VOXELS * 4
+    header = on_disk[-1] - len(TOKENS) * row
+    assert noted == [(rows, header + rows * row) for rows in (4, 8, 11)]
 
 
 def test_a_kill_at_the_very_end_computes_nothing_again(model, sent, expected, tmp_path, monkeypatch):

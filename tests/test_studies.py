@@ -127,3 +127,5 @@ def test_what_the_encoding_study_found_is_what_evaluation_reported(folder):
     (spread,) = [section for section in document.sections if section.title == "Variability, nsd-subj01"]
     calibrated = next(row for row in spread.tables[0].rows if row[0] == "calibrated")
     assert calibrated[1] == pytest.approx(report["calibration"]["rows"]["calibrated"]["variance_ratio"][1], abs=1e-9)
+    (truth,) = [section for section in document.sections if section.title == "Against the truth, nsd-subj01"]
+    assert "simulated (latent dim 4, nonlinear 0, gain 1, ncsnr 1.5," in truth.text

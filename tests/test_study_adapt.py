@@ -34,7 +34,7 @@ def settings(two_subjects, tmp_path) -> Settings:
 
 def test_amounts_go_up_to_what_there_is(two_subjects, monkeypatch):
     first = two_subjects[0]
-    assert amounts_of(first) == [Amount("9 stimuli", 36, stimuli=9)]
+    assert amounts_of(first) == [Amount("9 stimuli", 36, 9)]
     monkeypatch.setattr(room, "STIMULI", (2, 5, 10))
     counts = first.trials_per_record("train")
     found = amounts_of(first)
@@ -49,7 +49,9 @@ def test_one_session_comes_first_where_there_are_several(two_subjects, monkeypat
     monkeypatch.setattr(type(first), "sessions", lambda self, split: session)
     monkeypatch.setattr(room, "_part", lambda new, amount: new if amount.sessions is None else two_subjects[1])
     session_amount, whole = amounts_of(first)
-    assert session_amount == Amount("1 session", int(two_subjects[1].trials_per_record("train").sum()), sessions=1)
+    counts = two_subjects[1].trials_per_record("train")
+    assert session_amount == Amount("1 session", int(counts.sum()), len(counts), sessions=1)
+    assert room.least_of([whole, session_amount]) == session_amount
     assert whole.trials == 36
     session[:] = 1
     assert amounts_of(first) == [whole]
@@ -96,8 +98,21 @@ def calls(monkeypatch):
     return made
 
 
-def test_both_learn_from_the_same_few_data_and_ridge_from_all_of_them(settings, two_subjects, calls, monkeypatch):
-    monkeypatch.setattr(room, "STIMULI", (4,))
+@pytest.fixture
+def part_of_the_stimuli(monkeypatch):
+    """Lets a part be learnt from, though the fixtures' test stimuli are in everybody's training."""
+    monkeypatch.setattr(room, "check_unseen", lambda new, sources: None)
+
+    def limit(*counts: int) -> None:
+        monkeypatch.setattr(room, "STIMULI", counts)
+
+    return limit
+
+
+def test_both_learn_from_the_same_few_data_and_ridge_from_all_of_them(
+    settings, two_subjects, calls, part_of_the_stimuli
+):
+    part_of_the_stimuli(4)
     found = study(settings)
     second = two_subjects[1]
     scratch = [call for call in calls.trained if call[2]]
@@ -116,7 +131,7 @@ def test_both_learn_from_the_same_few_data_and_ridge_from_all_of_them(settings, 
     target = stimulus_targets(test)
     ridge = baseline_predictions(load_trials(second.limited(None, 4), "train"), test)["ridge"]
     row = found.sections[0].tables[0].rows[0]
-    assert row[:2] == ("4 stimuli", int(second.limited(None, 4).trials_per_record("train").sum()))
+    assert row[:3] == ("4 stimuli", 4, int(second.limited(None, 4).trials_per_record("train").sum()))
 
     ceiling = metrics.noise_ceiling_r(second.voxels.ncsnr, 1)  # each test stimulus has one trial
     reliable = ceiling > 0.3
@@ -129,9 +144,33 @@ def test_both_learn_from_the_same_few_data_and_ridge_from_all_of_them(settings, 
         "scratch": np.mean([share(Fake(None, 10 + seed).predict(test.tokens)) for seed in (0, 3)]),
         "ridge": share(ridge),
     }
-    cells = dict(zip(room.ROWS, row[2:], strict=True))
+    columns = [heading for name, heading in room.ROWS.items() if name != "plain"]
+    assert found.sections[0].tables[0].columns[3:] == tuple(columns)
+    cells = {name: row[3 + columns.index(room.ROWS[name])] for name in expected}
     for name, value in expected.items():
         assert cells[name].value == pytest.approx(value, abs=1e-5)
+
+
+def test_without_the_weight_the_least_amount_alone_is_learnt(settings, calls, part_of_the_stimuli):
+    part_of_the_stimuli(4, 5)
+    found = study(dataclasses.replace(settings, quick=False))
+    weights = [(how.stimuli, how.readout_weight) for *_, how in calls.adapted]
+    assert weights == 2 * [(4, 4.0), (4, 0.0)] + 2 * [(5, 4.0)]
+    scores = found.sections[0].tables[0]
+    place = scores.columns.index("adapted, readout weight 0")
+    assert [row[place] is None for row in scores.rows] == [False, True]
+    assert "beats adapted, readout weight 0" in found.claims[0].text
+
+
+def test_a_test_stimulus_that_only_the_source_knows_is_refused(settings, two_subjects, calls, monkeypatch):
+    """It may be among all that the new person was trained on, and yet not in the part that is learnt from."""
+    first, second = two_subjects
+    shared = set(second.stimulus_ids("test")) & set(first.stimulus_ids("train")) & set(second.stimulus_ids("train"))
+    assert len(shared) == len(second.stimulus_ids("train"))
+    monkeypatch.setattr(room, "STIMULI", (3,))
+    with pytest.raises(InputError, match=r"^2 test stimuli of .* are training or validation stimuli of arrays/tiny"):
+        study(settings)
+    assert not calls.adapted
 
 
 def test_what_was_predicted_is_not_predicted_again(settings, calls):
@@ -225,7 +264,7 @@ def test_rows_are_means_over_seeds_of_shares_or_else_of_r(settings):
     amount = Amount("1 session", 600, sessions=1)
     found = {amount: [scores(0.6, OTHERS), scores(0.8, OTHERS)]}
     made = section("one", "two", found, settings, 9)
-    name, trials, adapted, *_, kernel = made.tables[0].rows[0]
+    name, _, trials, adapted, *_, kernel = made.tables[0].rows[0]
     assert (name, trials) == ("1 session", 600)
     assert dataclasses.astuple(adapted) == pytest.approx((0.7, 0.69, 0.71))
     assert kernel.value == pytest.approx(0.7)
@@ -234,6 +273,6 @@ def test_rows_are_means_over_seeds_of_shares_or_else_of_r(settings):
 
     found[Amount("9 stimuli", 700, stimuli=9)] = [scores(0.6, OTHERS, share=False)] * 2
     made = section("one", "two", found, settings, 9)
-    assert made.tables[0].rows[0][2].value == pytest.approx(0.35)
+    assert made.tables[0].rows[0][3].value == pytest.approx(0.35)
     assert "median voxel r" in made.tables[0].title
     assert all(claim.holds is None for claim in made.claims)  # leads of r touch 0 here

@@ -4,6 +4,7 @@ The first subject's system, trained on all its data, is adapted to each other su
 the stimuli that it saw first, more and more of them. From the same data a system with the same settings is trained from
 scratch, and both ridge baselines are fitted. Both networks hold the same share of the stimuli out for validation, which
 picks their checkpoints and stops them; the baselines cross-validate on all. Everything is scored on the test split.
+With the amount that the claims are about the system is adapted without `readout_weight`, too, as in SynBrain.
 
 Intervals are over test stimuli, for each seed; a number for all seeds is their mean, with the mean of the ends.
 
@@ -15,7 +16,7 @@ import hashlib
 import io
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 from etils import epath
@@ -47,19 +48,25 @@ from synbrain_jax.studies.common import (
 _DEFAULT = AdaptationConfig()
 STIMULI = (250, 500, 1000, 2000, 4000, 8000)
 VALIDATION_SHARE, PATIENCE = 0.1, 3
-ROWS = {"adapted": "adapted", "scratch": "from scratch", "ridge": "ridge", "kernel_ridge": "kernel ridge"}
-_LINES = {"adapted": figures.BLUE, "scratch": figures.VERMILION, "ridge": figures.GREY, "kernel_ridge": "#009E73"}
-_MARKERS = {"adapted": "o", "scratch": "s", "ridge": "^", "kernel_ridge": "D"}
+ROWS = {
+    "adapted": "adapted",
+    "plain": "adapted, readout weight 0",
+    "scratch": "from scratch",
+    "ridge": "ridge",
+    "kernel_ridge": "kernel ridge",
+}
+_LINES = dict(zip(ROWS, (figures.BLUE, "#56B4E9", figures.VERMILION, figures.GREY, "#009E73"), strict=True))
+_MARKERS = dict(zip(ROWS, "ovs^D", strict=True))
 
 
 @dataclasses.dataclass(frozen=True)
 class Amount:
-    """How much of the new brain's data is learnt from."""
+    """How much of the new brain's data is learnt from: the first scan sessions, or the stimuli that came first."""
 
     name: str
-    trials: int
+    trials: int = 0
+    stimuli: int = 0
     sessions: int | None = None
-    stimuli: int | None = None
 
 
 def study(settings: Settings) -> Document:
@@ -75,7 +82,8 @@ def study(settings: Settings) -> Document:
             "for prepared data data.more_sources"
         )
     for new in others:
-        check_unseen(new, [source])
+        for amount in amounts_of(new, settings.quick):
+            check_unseen(_part(new, amount), [source])
     sections = [_subject(settings, source, open_dataset(new.path)) for new in others]
     return document(settings, "Adaptation", started, sections)
 
@@ -87,25 +95,35 @@ def amounts_of(new: Dataset, quick: bool = False) -> list[Amount]:
     """
     total = len(new.stimulus_ids("train"))
     counts = [count for count in STIMULI if count <= total] or [total]
-    asked = [Amount(f"{count:,} stimuli", 0, stimuli=count) for count in counts]
+    asked = [Amount(f"{count:,} stimuli", stimuli=count) for count in counts]
     if len(np.unique(new.sessions("train"))) > 1:
-        asked.insert(0, Amount("1 session", 0, sessions=1))
+        asked.insert(0, Amount("1 session", sessions=1))
     if quick:
         del asked[1:]
-    return [dataclasses.replace(one, trials=int(_part(new, one).trials_per_record("train").sum())) for one in asked]
+    return [dataclasses.replace(one, **_counts(_part(new, one))) for one in asked]
+
+
+def _counts(part: Dataset) -> dict[str, int]:
+    per_stimulus = part.trials_per_record("train")
+    return dict(stimuli=len(per_stimulus), trials=int(per_stimulus.sum()))
+
+
+def least_of(amounts: Iterable[Amount]) -> Amount:
+    """The one that the claims are about: a session, or else the least data."""
+    return min(amounts, key=lambda one: (one.sessions is None, one.trials))
 
 
 def _part(new: Dataset, amount: Amount) -> Dataset:
-    return new.limited(amount.sessions, amount.stimuli)
+    return new.limited(amount.sessions, None if amount.sessions else amount.stimuli)
 
 
 # ---- predictions, kept -----------------------------------------------------------------------------
 
 
 def _predictions(
-    settings: Settings, seed: int, source: Dataset, new: Dataset, test: Trials, amount: Amount
+    settings: Settings, seed: int, source: Dataset, new: Dataset, test: Trials, amount: Amount, plain: bool
 ) -> dict[str, Float[np.ndarray, "s v"]]:
-    """Of both networks, for the test stimuli."""
+    """Of both networks, for the test stimuli; `plain`: and of one adapted without the weight."""
     part = _part(new, amount).with_validation_share(VALIDATION_SHARE, seed)
     own = settings.config
     scratch = dict(
@@ -115,29 +133,33 @@ def _predictions(
     )
     how = AdaptationConfig(
         sessions=amount.sessions,
-        stimuli=amount.stimuli,
+        stimuli=None if amount.sessions else amount.stimuli,
         validation_share=VALIDATION_SHARE,
         mapper_steps=max(1, own.stage2.steps // 2),
         patience=PATIENCE,
         seed=seed,
     )
-    what = f"{new.path} {json.dumps(dataclasses.asdict(how), sort_keys=True)}"
-    told = hashlib.sha256(what.encode()).hexdigest()[:8]
-    at = homes(settings, seed, [source])[0] / f"few-{new.voxels.subject}-{told}"
 
-    def adapted() -> Float[np.ndarray, "s v"]:
-        bundle = trained(settings, seed, [source])[0].bundle
-        without_spread = dataclasses.replace(bundle.config, variability=scratch["variability"])
-        system = adapt(dataclasses.replace(bundle, config=without_spread), new.path, at, how, mesh_of(settings))
-        return system.predict(test.tokens)
+    def adapted(how: AdaptationConfig) -> Float[np.ndarray, "s v"]:
+        what = f"{new.path} {json.dumps(dataclasses.asdict(how), sort_keys=True)}"
+        told = hashlib.sha256(what.encode()).hexdigest()[:8]
+        at = homes(settings, seed, [source])[0] / f"few-{new.voxels.subject}-{told}"
+
+        def predict() -> Float[np.ndarray, "s v"]:
+            bundle = trained(settings, seed, [source])[0].bundle
+            without_spread = dataclasses.replace(bundle.config, variability=scratch["variability"])
+            system = adapt(dataclasses.replace(bundle, config=without_spread), new.path, at, how, mesh_of(settings))
+            return system.predict(test.tokens)
+
+        return _kept(at / "test.npz", predict)
 
     def from_scratch() -> Float[np.ndarray, "s v"]:
         return trained(settings, seed, [part], **scratch)[0].predict(test.tokens)
 
-    return {
-        "adapted": _kept(at / "test.npz", adapted),
-        "scratch": _kept(homes(settings, seed, [part], **scratch)[0] / "test.npz", from_scratch),
-    }
+    found = {"adapted": adapted(how)}
+    if plain:
+        found["plain"] = adapted(dataclasses.replace(how, readout_weight=0.0))
+    return found | {"scratch": _kept(homes(settings, seed, [part], **scratch)[0] / "test.npz", from_scratch)}
 
 
 def _kept(file: epath.Path, predict: Callable[[], Float[np.ndarray, "s v"]]) -> Float[np.ndarray, "s v"]:
@@ -163,11 +185,13 @@ def _subject(settings: Settings, source: Dataset, new: Dataset) -> Section:
     test, draws = load_trials(new, "test"), 200 if settings.quick else 2000
     target, ceiling = stimulus_targets(test), ceiling_r(new, test)
     found: dict[Amount, list[VoxelR]] = {}
-    for amount in amounts_of(new, settings.quick):
+    amounts = amounts_of(new, settings.quick)
+    for amount in amounts:
         baselines = _baselines(settings, new, test, amount)
+        plain = amount == least_of(amounts) and not settings.quick
         found[amount] = [
             voxel_r_intervals(
-                {**_predictions(settings, seed, source, new, test, amount), **baselines},
+                {**_predictions(settings, seed, source, new, test, amount, plain), **baselines},
                 target,
                 ceiling,
                 min_ceiling_r=MIN_CEILING_R,
@@ -195,6 +219,7 @@ def section(
 ) -> Section:
     """Tables, figure and claims of one new brain, from the scores of each amount and seed; writes the figure."""
     values, leads = curves(found)
+    shown = [row for row in ROWS if any(row in rows for rows in values.values())]
     what = "share of the noise ceiling, median voxel" if _shared(found) else "median voxel r"
     figure = f"adaptation-{new}"
     drawn = io.BytesIO()
@@ -202,8 +227,11 @@ def section(
     write_bytes(settings.folder("adapt") / f"{figure}.png", drawn.getvalue())
     scores = Table(
         title=f"{source} to {new}: {what}, {n_stimuli} test stimuli",
-        columns=("learnt from", "trials", *ROWS.values()),
-        rows=tuple((amount.name, amount.trials, *(rows[row] for row in ROWS)) for amount, rows in values.items()),
+        columns=("learnt from", "stimuli", "trials", *(ROWS[row] for row in shown)),
+        rows=tuple(
+            (amount.name, amount.stimuli, amount.trials, *(rows.get(row) for row in shown))
+            for amount, rows in values.items()
+        ),
         note=(
             f"With 95 % bootstrap intervals over stimuli: means of {len(settings.seeds)} seeds' values, and of their "
             "intervals' ends."
@@ -225,9 +253,10 @@ def section(
         title=f"Adaptation from {source} to {new}",
         text=(
             f"Adapted: all of BrainVAE, with a weight of {_DEFAULT.readout_weight:g} for what it reads out of the "
-            f"source mapper's latents, then of the mapper the part `{_DEFAULT.part}`, for at most half as many steps "
-            f"as the source's. {VALIDATION_SHARE:.0%} of the stimuli are held out for validation, of the system "
-            "that is trained from scratch too; the regressions are fitted to all."
+            "source mapper's latents (SynBrain has no such term), then of the mapper the part "
+            f"`{_DEFAULT.part}`, for at most half as many steps as the source's. {VALIDATION_SHARE:.0%} of the "
+            "stimuli are held out for validation, of the system that is trained from scratch too; the regressions are "
+            "fitted to all."
         ),
         tables=(scores, differences),
         figures=(Figure(figure, caption),),
@@ -246,11 +275,11 @@ def curves(
     """For each amount, every row's score over seeds, and by seed how far the adapted system is above each other row."""
     score, lead = ("share", "lead_share") if _shared(found) else ("r", "lead")
     values = {
-        amount: {row: mean_estimate([getattr(one, score)[row] for one in seeds]) for row in ROWS}
+        amount: {row: mean_estimate([getattr(one, score)[row] for one in seeds]) for row in getattr(seeds[0], score)}
         for amount, seeds in found.items()
     }
     leads = {
-        amount: {row: [getattr(one, lead)[row] for one in seeds] for row in ROWS if row != "adapted"}
+        amount: {row: [getattr(one, lead)[row] for one in seeds] for row in getattr(seeds[0], lead)}
         for amount, seeds in found.items()
     }
     return values, leads
@@ -258,8 +287,7 @@ def curves(
 
 def claims(leads: Mapping[Amount, Mapping[str, Sequence[Estimate]]], what: str) -> list[Claim]:
     """With one session, or else the least data: is the adapted system better than each other row, in every seed?"""
-    least = next((one for one in leads if one.sessions), min(leads, key=lambda one: one.trials))
-    made = []
+    least, made = least_of(leads), []
     for row, by_seed in leads[least].items():
         told = ", ".join(f"{one.value:+.3f} [{one.low:+.3f}, {one.high:+.3f}]" for one in by_seed)
         above, below = all(one.low > 0 for one in by_seed), all(one.high < 0 for one in by_seed)
@@ -278,9 +306,11 @@ def draw(values: Mapping[Amount, Mapping[str, Estimate]], title: str, what: str)
     picture = Picture((figures.WIDTH * 0.75, 4.8), layout="constrained")
     panel = picture.subplots()
     ordered = sorted(values.items(), key=lambda pair: pair[0].trials)
-    trials = [amount.trials for amount, _ in ordered]
     for row, label in ROWS.items():
-        line = [rows[row] for _, rows in ordered]
+        line = {amount.trials: rows[row] for amount, rows in ordered if row in rows}
+        if not line:
+            continue
+        trials, line = list(line), list(line.values())
         style = dict(color=_LINES[row], marker=_MARKERS[row], label=label)
         panel.plot(trials, [one.value for one in line], linewidth=1.8, markersize=5, **style)
         panel.fill_between(
@@ -288,7 +318,11 @@ def draw(values: Mapping[Amount, Mapping[str, Estimate]], title: str, what: str)
         )
     panel.set_xscale("log")
     panel.xaxis.set_minor_locator(NullLocator())
-    panel.set_xticks(trials, [f"{amount.name}\n{amount.trials:,} trials" for amount, _ in ordered], fontsize=9)
+    panel.set_xticks(
+        [amount.trials for amount, _ in ordered],
+        [f"{amount.name}\n{amount.trials:,} trials" for amount, _ in ordered],
+        fontsize=9,
+    )
     panel.set_xlabel("learnt from, of the new person")
     panel.set_ylabel(what)
     panel.set_title(title, fontsize=12)

@@ -62,7 +62,7 @@ def open_subjects(settings: Settings) -> list[Dataset]:
 def check_unseen(new: Dataset, sources: Sequence[Dataset]) -> None:
     """Raises InputError if a test stimulus of `new` is one that only a source has learnt from or chosen by.
 
-    Stimuli that `new` learns from itself, as where few of them repeat, are no secret.
+    Stimuli that `new`, or the part of it that is given, learns from itself, as where few of them repeat, are no secret.
     """
     secret = set(new.stimulus_ids("test")) - set(new.stimulus_ids("train"))
     for source in sources:

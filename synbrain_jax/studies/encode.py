@@ -8,6 +8,7 @@ Shape letters: s stimuli, v voxels.
 """
 
 import dataclasses
+import json
 import time
 from collections.abc import Sequence
 
@@ -19,9 +20,9 @@ from synbrain_jax import metrics, run
 from synbrain_jax.data.pairs import Dataset
 from synbrain_jax.document import Claim, Document, Figure, Section, Table, cell_text
 from synbrain_jax.evaluation import MIN_CEILING_R, write_evaluation
-from synbrain_jax.files import read_npz, write_bytes
+from synbrain_jax.files import read_npz, read_text, write_bytes
 from synbrain_jax.report import write_report
-from synbrain_jax.run_document import CAPTIONS, run_document
+from synbrain_jax.run_document import caption_of, run_document
 from synbrain_jax.run_files import Run, read_run
 from synbrain_jax.statistics import voxel_r_intervals
 from synbrain_jax.studies.common import Settings, document, homes, open_subjects, trained
@@ -29,6 +30,8 @@ from synbrain_jax.studies.spread import calibration_section
 from synbrain_jax.variability import Spread
 
 SHOWN = ("voxel_r", "samples", "slices")
+# What of a simulation's settings decides how hard it is.
+TOLD = ("latent_dim", "nonlinear", "gain", "ncsnr", "noise_rank", "noise_shared", "own_tuning", "seed")
 AIM = 0.8  # share of the true ceiling that is asked of the model on the simulation
 
 
@@ -51,8 +54,7 @@ def study(settings: Settings) -> Document:
     sections = []
     for number, dataset in enumerate(datasets):
         runs = [read_run(places[seed][number]) for seed in settings.seeds]
-        response = None if truths[number] is None else truths[number].response
-        sections += _subject(dataset, runs, response, 200 if settings.quick else 2000)
+        sections += _subject(dataset, runs, truths[number], 200 if settings.quick else 2000)
         sections.append(_pictures(dataset.voxels.subject, runs[0], settings.folder("encode")))
     return document(settings, "Encoding", started, sections)
 
@@ -63,6 +65,8 @@ class Truth:
 
     response: Float[np.ndarray, "s v"]
     noise: Spread
+    settings: str
+    """Of the simulation, in words."""
 
 
 def true_of(settings: Settings, dataset: Dataset) -> Truth | None:
@@ -76,18 +80,18 @@ def true_of(settings: Settings, dataset: Dataset) -> Truth | None:
     row = {str(picture): index for index, picture in enumerate(known["picture"])}
     place = {tuple(position): index for index, position in enumerate(known["ijk"].tolist())}
     voxels = [place[tuple(position)] for position in dataset.voxels.ijk.tolist()]
+    settings = json.loads(read_text(file.with_name("truth.json")))["settings"]
     return Truth(
         response=known["response"][[row[name] for name in dataset.stimulus_ids("test")]][:, voxels],
         noise=Spread(known["noise_factor"][voxels].astype(np.float32), known["noise_diag"][voxels].astype(np.float32)),
+        settings=", ".join(f"{name.replace('_', ' ')} {settings[name]:g}" for name in TOLD),
     )
 
 
 # ---- one subject -----------------------------------------------------------------------------------
 
 
-def _subject(
-    dataset: Dataset, runs: Sequence[Run], truth: Float[np.ndarray, "s v"] | None, draws: int
-) -> list[Section]:
+def _subject(dataset: Dataset, runs: Sequence[Run], truth: Truth | None, draws: int) -> list[Section]:
     subject = dataset.voxels.subject
     found = [dataclasses.replace(one, title=f"{one.title}, {subject}") for one in run_document(runs).sections]
     if truth is not None:
@@ -104,14 +108,14 @@ def _pictures(subject: str, one: Run, folder: epath.Path) -> Section:
         drawn = one.workdir / "figures" / f"{name}.png"
         if drawn.exists():
             write_bytes(folder / f"{subject}_{name}.png", drawn.read_bytes())
-            shown.append(Figure(f"{subject}_{name}", CAPTIONS[name]))
+            shown.append(Figure(f"{subject}_{name}", caption_of(name, one)))
     return Section(f"Figures, {subject}", f"Of seed {one.config.seed}.", figures=tuple(shown))
 
 
-def _against_truth(subject: str, runs: Sequence[Run], truth: Float[np.ndarray, "s v"], draws: int) -> Section:
+def _against_truth(subject: str, runs: Sequence[Run], truth: Truth, draws: int) -> Section:
     """Voxel r as a share of that of the true responses, with the same measurements."""
     target = runs[0].arrays["target"]
-    reached = np.asarray(metrics.voxel_pearson(truth, target))
+    reached = np.asarray(metrics.voxel_pearson(truth.response, target))
     found = [voxel_r_intervals(_predictions(one), target, reached, draws=draws) for one in runs]
     rows = [(name.replace("_", " "), *(one.share[name] for one in found)) for name in found[0].share]
     for name in found[0].lead:
@@ -120,8 +124,8 @@ def _against_truth(subject: str, runs: Sequence[Run], truth: Float[np.ndarray, "
     return Section(
         title=f"Against the truth, {subject}",
         text=(
-            f"The responses are simulated; without noise they reach a median voxel r of {np.median(reached):.3f} with "
-            "the measured test means."
+            f"The responses are simulated ({truth.settings}); without noise they reach a median voxel r of "
+            f"{np.median(reached):.3f} with the measured test means."
         ),
         tables=(
             Table(
