@@ -8,9 +8,10 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+import xla_flags
+
 os.environ["JAX_PLATFORMS"] = "cpu"
-# Most of the tests' time is compilation; without LLVM's optimisation it is a third less.
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+os.environ["XLA_FLAGS"] = xla_flags.quick(devices=8)
 # What one test has compiled, all others find, those of other workers and `train.py` among them.
 os.environ["TESTS_COMPILED"] = os.environ.get("TESTS_COMPILED") or tempfile.mkdtemp(prefix="compiled")
 os.environ["JAX_COMPILATION_CACHE_DIR"] = os.environ["TESTS_COMPILED"]
@@ -113,7 +114,7 @@ def two_subjects(tiny_dataset, tmp_path_factory):
 def start_training() -> Callable[..., subprocess.Popen]:
     """Starts `train.py` as a user does, but compiled as the tests are: a process of its own, one device, if `env` does
     not ask for more."""
-    environment = {**os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=0"}
+    environment = {**os.environ, "XLA_FLAGS": xla_flags.quick()}
 
     def start(*arguments: str, **options) -> subprocess.Popen:
         command = [sys.executable, os.fspath(ROOT / "train.py"), *arguments]

@@ -17,6 +17,7 @@ import jax
 import numpy as np
 import pytest
 import tiny
+import xla_flags
 
 from synbrain_jax import distributed
 from synbrain_jax.checkpoint import load_bundle
@@ -155,8 +156,7 @@ def arguments(tmp_path_factory) -> list[str]:
 
 
 def flags(devices: int) -> dict[str, str]:
-    flag = f"--xla_backend_optimization_level=0 --xla_force_host_platform_device_count={devices}"
-    return {"XLA_FLAGS": flag}
+    return {"XLA_FLAGS": xla_flags.quick(devices)}
 
 
 def free_port() -> int:

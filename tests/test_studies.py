@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import tiny
+import xla_flags
 from etils import epath
 
 from synbrain_jax.checkpoint import Bundle, save_bundle
@@ -45,7 +46,7 @@ def run_commands(commands: Sequence[Sequence[str]]) -> None:
     command = [sys.executable, "-c", PROGRAM, json.dumps(commands)]
     done = subprocess.run(
         command,
-        env={**os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=0"},
+        env={**os.environ, "XLA_FLAGS": xla_flags.quick()},
         cwd=ROOT,
         capture_output=True,
         text=True,
