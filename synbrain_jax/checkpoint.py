@@ -107,18 +107,17 @@ class Checkpoints:
     def newest(self, target: PyTree) -> tuple[int, PyTree, dict] | None:
         """Step, state and position of the newest checkpoint that is whole; None if there are none at all.
 
-        Damaged ones after it are removed, with a warning. `target` as in `restore`. Raises InputError if none is whole.
+        Damaged ones after it are removed, with a warning. `target` as in `restore`. Raises InputError if none is whole,
+        or if this process cannot read one that the first process can.
         """
         self.wait()
         damaged: dict[int, str] = {}
         for step in sorted(self._manager.all_steps(), reverse=True):
             # Asked first of one process, so that no other waits for one that cannot read.
             fault = agreed(self._fault(step, target) if is_first() else None)
-            try:
-                found = self.restore(step, target) if fault is None else None
-            except InputError as error:
-                fault = _first_line(error.__cause__)
             if fault is None:
+                # If one process cannot read what the first could, it ends: it must not go another way than the others.
+                found = self.restore(step, target)
                 self._remove(damaged)
                 return step, *found
             damaged[step] = fault
@@ -139,7 +138,10 @@ class Checkpoints:
     def _fault(self, step: int, target: PyTree) -> str | None:
         """What is wrong with a checkpoint, as far as this process alone can see, who reads all of it into memory."""
         try:
-            state = _read_alone(self._folder / str(step) / "state", target)
+            saved = self._folder / str(step) / "state"
+            state = _read_alone(saved, target)
+            for shapes in saved.glob("array_metadatas/*"):  # which Orbax reads only where arrays are spread
+                json.loads(shapes.read_text())
             _check_sum(_sum_of_values(state, np), self._note(step))
         except MemoryError:  # says nothing about the checkpoint
             raise

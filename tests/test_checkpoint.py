@@ -258,6 +258,21 @@ def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(three_saved, tm
     gc.collect()
 
 
+def test_what_the_first_process_can_read_is_not_taken_for_damaged_by_another(three_saved, tmp_path, monkeypatch):
+    """It would go on from another step than the others, or wait for them for ever."""
+
+    def stale(*_, **__):
+        raise OSError("stale handle")
+
+    shutil.copytree(three_saved, tmp_path / "c")
+    with Checkpoints(tmp_path / "c", CONFIG, "min") as checkpoints:
+        with monkeypatch.context() as patch:
+            patch.setattr(checkpoints._manager, "restore", stale)
+            with pytest.raises(InputError, match=r"c/3: this checkpoint cannot be read \(stale handle\)"):
+                checkpoints.newest(target_of(SAVED))
+        assert checkpoints.newest(target_of(SAVED))[0] == 3
+
+
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_where_nothing_can_be_read_nothing_is_removed(three_saved, tmp_path):
     shutil.copytree(three_saved, tmp_path / "c")

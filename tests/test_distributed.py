@@ -267,6 +267,7 @@ def assert_same_run(found: Path, expected: Path, tolerance: float) -> None:
         assert relative(one["prediction"], other["prediction"]) < tolerance
 
 
+@pytest.mark.slow
 def test_two_processes_end_where_one_does(stopped, one, start_two, tmp_path):
     """Stopped in between, too, and found by each other in another way. One of the two writes."""
     workdir = tmp_path / "workdir"

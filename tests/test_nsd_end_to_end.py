@@ -1,4 +1,7 @@
-"""From the files of (simulated) NSD to a synthetic brain volume, all by the public commands."""
+"""From the files of (simulated) NSD to a synthetic brain volume, all by the public commands.
+
+What needs a trained model is slow; without it, test_studies trains on such files and scores what it trained.
+"""
 
 import json
 import os
@@ -33,8 +36,7 @@ def command(capsys, *arguments: str | os.PathLike) -> str:
 
 
 @pytest.fixture(scope="module")
-def trained(folder, train):
-    """Everything that takes time, once: simulated, prepared, trained."""
+def prepared(folder):
     cli.main(["simulate", "nsd", "--out", os.fspath(folder / "sim"), *SIMULATED])
     where = [
         "--root",
@@ -48,9 +50,14 @@ def trained(folder, train):
     ]
     cli.main(["prepare", "nsd", *map(os.fspath, where)])
     (prepared,) = (folder / "data/nsd").glob("subj02*/*")
+    return prepared
+
+
+@pytest.fixture(scope="module")
+def trained(folder, prepared, train) -> str:
+    """What the training printed."""
     source = ["--data.builder", "prepared", "--data.source", os.fspath(prepared)]
-    out = train("nsd_sim", *source, "--workdir", os.fspath(folder / "run"), *TRAINED)
-    return prepared, out
+    return train("nsd_sim", *source, "--workdir", os.fspath(folder / "run"), *TRAINED)
 
 
 def truth(folder):
@@ -63,8 +70,8 @@ def order_of(dataset, ijk):
     return [place[tuple(position)] for position in dataset.voxels.ijk]
 
 
-def test_each_picture_gets_the_responses_to_itself(folder, trained):
-    dataset, known = open_dataset(trained[0]), truth(folder)
+def test_each_picture_gets_the_responses_to_itself(folder, prepared):
+    dataset, known = open_dataset(prepared), truth(folder)
     response = known["response"][:, order_of(dataset, known["ijk"])]
     row_of = {str(picture): row for row, picture in enumerate(known["picture"])}
     seen = {}
@@ -83,16 +90,18 @@ def test_each_picture_gets_the_responses_to_itself(folder, trained):
     np.testing.assert_allclose(dataset.voxels.ncsnr, known["ncsnr"][order_of(dataset, known["ijk"])], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_model_learns_what_can_be_known(folder, trained):
     scores = json.loads((folder / "run/report.json").read_text())["scores"]
     assert scores["mean_pattern"]["voxel_r_median"] < 0.1
     assert scores["model"]["voxel_r_median"] > 0.3
     assert scores["ridge"]["voxel_r_median"] > 0.8 * scores["noise_ceiling"]["voxel_r_median"]
-    assert "noise_ceiling" in trained[1]
+    assert "noise_ceiling" in trained
 
 
-def test_pictures_become_volumes_of_the_subject(folder, trained, capsys):
-    prepared, _ = trained
+@pytest.mark.slow
+@pytest.mark.usefixtures("trained")
+def test_pictures_become_volumes_of_the_subject(folder, prepared, capsys):
     model, volumes = folder / "run/bundle", folder / "synthetic.nii.gz"
     given = ["--tokens", folder / "sim/tokens", "--out", folder / "synthetic.npz", "--nifti", volumes]
     assert "synthetic.nii.gz" in command(capsys, "synthesize", "--model", model, *given)
@@ -115,8 +124,9 @@ def test_pictures_become_volumes_of_the_subject(folder, trained, capsys):
     assert np.median(r) > 0.4
 
 
-def test_evaluating_again_gives_the_report_of_the_training(folder, trained, capsys):
-    prepared, _ = trained
+@pytest.mark.slow
+@pytest.mark.usefixtures("trained")
+def test_evaluating_again_gives_the_report_of_the_training(folder, prepared, capsys):
     table = command(capsys, "evaluate", "--model", folder / "run/bundle", "--data", prepared, "--out", folder / "again")
     assert "noise_ceiling" in table
     first, again = (json.loads((folder / name / "report.json").read_text())["scores"] for name in ("run", "again"))

@@ -72,6 +72,7 @@ def assert_same_bits(workdir: Path, expected_dir: Path) -> None:
         assert (workdir / stage / name).read_text() == (expected_dir / stage / name).read_text()
 
 
+@pytest.mark.slow  # test_faults and test_adaptation stop and kill within one process
 def test_a_run_that_was_stopped_and_killed_ends_with_the_same_bits(uninterrupted, train, start_training, tmp_path):
     expected_dir, _ = uninterrupted
     workdir = tmp_path / "workdir"
