@@ -387,10 +387,10 @@ def _go_on(stage: Stage, position: dict) -> tuple[list[dict], list[dict]]:
 
 
 def _finite(stage: str, step: int, pending: list[dict[str, Array | np.ndarray]]) -> list[dict[str, np.ndarray]]:
-    """The terms of the steps up to `step`, on the host; raises at the first step whose loss is not finite."""
+    """The terms of the steps up to `step`, on the host; raises at the first step of which one is not finite."""
     values = jax.device_get(pending)
     for i, terms in enumerate(values):
-        if not np.isfinite(terms["loss"]):
+        if not all(np.isfinite(value) for value in terms.values()):
             listed = ", ".join(f"{name} {float(value):.4g}" for name, value in terms.items())
             raise NonFiniteLoss(
                 f"{stage}: the loss is not finite at step {step - len(values) + 1 + i} ({listed}). Checkpoints from "

@@ -314,7 +314,7 @@ def test_a_weight_is_not_negative():
         AdaptationConfig(readout_weight=-1.0)
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # everything compiled again for eight devices
 def test_the_command_leaves_what_train_leaves_on_any_mesh(adapted, source, new, tmp_path: Path, capsys):
     """On 8 devices, a system that predicts what one device's does."""
     save_bundle(tmp_path / "source", source)

@@ -267,7 +267,7 @@ def assert_same_run(found: Path, expected: Path, tolerance: float) -> None:
         assert relative(one["prediction"], other["prediction"]) < tolerance
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # three trainings
 def test_two_processes_end_where_one_does(stopped, one, start_two, tmp_path):
     """Stopped in between, too, and found by each other in another way. One of the two writes."""
     workdir = tmp_path / "workdir"
@@ -282,7 +282,7 @@ def test_two_processes_end_where_one_does(stopped, one, start_two, tmp_path):
     assert report["scores"].keys() == json.loads((one[0] / "report.json").read_text())["scores"].keys()
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # three trainings
 def test_two_processes_with_the_same_samples_end_where_one_does(start_training, start_two, arguments, tmp_path):
     """`tensor` is split over both, so that each reads every batch whole."""
     more = ["--mesh.tensor", "2", "--variability.folds", "2"]
@@ -295,7 +295,7 @@ def test_two_processes_with_the_same_samples_end_where_one_does(start_training, 
     assert relative(*residuals) < 3e-6
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # three trainings
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_process_that_dies_ends_the_others_and_one_alone_can_go_on(
     stopped, one, start_two, start_training, arguments, tmp_path, victim

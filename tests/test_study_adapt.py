@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import tiny
 from etils import epath
+from matplotlib.collections import LineCollection
 
 from synbrain_jax import metrics
 from synbrain_jax.adaptation import adapted_config
@@ -91,11 +92,25 @@ def calls(monkeypatch):
 
     def adapt(bundle, path, at, how, mesh):
         made.adapted.append((bundle, path, at, how))
-        return Fake(bundle.config, 20 + how.seed)
+        return Fake(bundle.config, (20 if how.readout_weight else 40) + how.seed)
 
     monkeypatch.setattr(room, "trained", trained)
     monkeypatch.setattr(room, "adapt", adapt)
     return made
+
+
+def _share(new, prediction) -> float:
+    test = load_trials(new, "test")
+    ceiling = metrics.noise_ceiling_r(new.voxels.ncsnr, 1)  # each test stimulus has one trial
+    reliable = ceiling > 0.3
+    r = np.asarray(metrics.voxel_pearson(prediction, stimulus_targets(test)))
+    return float(np.median(r[reliable] / ceiling[reliable]))
+
+
+def _mean_share(new, kind: int) -> float:
+    """Of the stand-ins of both seeds."""
+    tokens = load_trials(new, "test").tokens
+    return float(np.mean([_share(new, Fake(None, kind + seed).predict(tokens)) for seed in (0, 3)]))
 
 
 @pytest.fixture
@@ -128,21 +143,14 @@ def test_both_learn_from_the_same_few_data_and_ridge_from_all_of_them(
         assert changes["stage1"].steps == settings.config.stage1.steps
 
     test = load_trials(second, "test")
-    target = stimulus_targets(test)
     ridge = baseline_predictions(load_trials(second.limited(None, 4), "train"), test)["ridge"]
     row = found.sections[0].tables[0].rows[0]
     assert row[:3] == ("4 stimuli", 4, int(second.limited(None, 4).trials_per_record("train").sum()))
 
-    ceiling = metrics.noise_ceiling_r(second.voxels.ncsnr, 1)  # each test stimulus has one trial
-    reliable = ceiling > 0.3
-
-    def share(prediction):
-        return np.median(np.asarray(metrics.voxel_pearson(prediction, target))[reliable] / ceiling[reliable])
-
     expected = {
-        "adapted": np.mean([share(Fake(None, 20 + seed).predict(test.tokens)) for seed in (0, 3)]),
-        "scratch": np.mean([share(Fake(None, 10 + seed).predict(test.tokens)) for seed in (0, 3)]),
-        "ridge": share(ridge),
+        "adapted": _mean_share(second, 20),
+        "scratch": _mean_share(second, 10),
+        "ridge": _share(second, ridge),
     }
     columns = [heading for name, heading in room.ROWS.items() if name != "plain"]
     assert found.sections[0].tables[0].columns[3:] == tuple(columns)
@@ -151,15 +159,18 @@ def test_both_learn_from_the_same_few_data_and_ridge_from_all_of_them(
         assert cells[name].value == pytest.approx(value, abs=1e-5)
 
 
-def test_without_the_weight_the_least_amount_alone_is_learnt(settings, calls, part_of_the_stimuli):
+def test_without_the_weight_the_least_amount_alone_is_learnt(settings, two_subjects, calls, part_of_the_stimuli):
     part_of_the_stimuli(4, 5)
     found = study(dataclasses.replace(settings, quick=False))
     weights = [(how.stimuli, how.readout_weight) for *_, how in calls.adapted]
     assert weights == 2 * [(4, 4.0), (4, 0.0)] + 2 * [(5, 4.0)]
     scores = found.sections[0].tables[0]
-    place = scores.columns.index("adapted, readout weight 0")
+    place = scores.columns.index("adapted, no readout")
     assert [row[place] is None for row in scores.rows] == [False, True]
-    assert "beats adapted, readout weight 0" in found.claims[0].text
+    adapted, plain = (scores.rows[0][at].value for at in (place - 1, place))
+    assert (adapted, plain) == pytest.approx([_mean_share(two_subjects[1], at) for at in (20, 40)], abs=1e-5)
+    assert "4 stimuli beats adaptation without the readout" in found.claims[0].text
+    assert "with 4 stimuli alone" in found.sections[0].text
 
 
 def test_a_test_stimulus_that_only_the_source_knows_is_refused(settings, two_subjects, calls, monkeypatch):
@@ -257,7 +268,7 @@ def test_a_claim_holds_where_every_seed_is_above_and_fails_where_every_seed_is_b
     assert "1 session" in made[0].text
     assert "+0.150 [+0.140, +0.160], +0.105 [+0.095, +0.115]" in made[0].evidence
     del found[session]
-    assert "9 stimuli beats from scratch" in claims(curves(found)[1], "share")[0].text
+    assert "9 stimuli beats training from scratch" in claims(curves(found)[1], "share")[0].text
 
 
 def test_rows_are_means_over_seeds_of_shares_or_else_of_r(settings):
@@ -276,3 +287,17 @@ def test_rows_are_means_over_seeds_of_shares_or_else_of_r(settings):
     assert made.tables[0].rows[0][3].value == pytest.approx(0.35)
     assert "median voxel r" in made.tables[0].title
     assert all(claim.holds is None for claim in made.claims)  # leads of r touch 0 here
+
+
+def test_the_figure_has_a_point_for_every_amount_of_every_row():
+    """One session and as many trials of the stimuli that came first stand at the same place."""
+    session, same, more = Amount("1 session", 750, 300, 1), Amount("250 stimuli", 750, 250), Amount("500", 1500, 500)
+    value = Estimate(0.5, 0.4, 0.6)
+    rows = dict.fromkeys(OTHERS, value) | {"adapted": value}
+    picture = room.draw({session: {**rows, "plain": value}, same: rows, more: rows}, "one to two", "r")
+    (panel,) = picture.axes
+    points = {line.get_label(): line.get_xydata().tolist() for line in panel.lines}
+    assert points["adapted"] == [[750, 0.5], [750, 0.5], [1500, 0.5]]
+    assert points["adapted, no readout"] == [[750, 0.5]]
+    (interval,) = [c for c in panel.collections if isinstance(c, LineCollection)]
+    np.testing.assert_allclose(interval.get_segments(), [[[750, 0.4], [750, 0.6]]])

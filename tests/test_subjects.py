@@ -60,7 +60,7 @@ def test_two_brains_give_a_bundle_each(trained, two_subjects):
             assert line["val/mse"] == pytest.approx((line["val/mse/tiny"] + line["val/mse/second"]) / 2)
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # two trainings in processes of their own
 def test_a_killed_run_of_two_brains_ends_with_the_same_bits(
     trained, arguments, two_subjects, train, start_training, tmp_path
 ):

@@ -437,6 +437,18 @@ def test_a_loss_that_is_not_finite_stops_at_its_step(tmp_path, step, log_every):
     assert len(stage.validate.shown) == (step - 1) // 3
 
 
+def test_a_part_of_the_loss_that_is_not_finite_stops_too(tmp_path):
+    """Of adaptation's, what is logged as the loss is not all of it."""
+    stage = toy(FALLING)
+
+    def loss(*given):
+        total, terms = stage.loss(*given)
+        return total, {**terms, "readout": jnp.inf * jnp.ones_like(total)}
+
+    with pytest.raises(NonFiniteLoss, match=r"^stage1: the loss is not finite at step 1 \(.*readout inf"):
+        fit(dataclasses.replace(stage, loss=loss), CONFIG, MESH, tmp_path)
+
+
 def test_a_number_that_validation_does_not_give_is_named(tmp_path):
     stage = toy(FALLING, select="val/kl")
     with pytest.raises(

@@ -58,10 +58,12 @@ def study(settings: Settings) -> Document:
     """
     started = time.monotonic()
     subjects = open_subjects(settings)
-    if len(subjects) > 1:
-        check_unseen(subjects[1], subjects[:1])
     ratios = (1.0, 8.0) if settings.quick else RATIOS
-    amounts = _amounts(subjects[-1 if len(subjects) == 1 else 1], settings.quick)
+    new = open_dataset(subjects[min(1, len(subjects) - 1)].path)
+    amounts = _amounts(new, settings.quick)
+    if len(subjects) > 1:
+        for amount in amounts:
+            check_unseen(new.limited(None, amount), subjects[:1])
     draws = 200 if settings.quick else 2000
     outcomes = {
         amount: Outcome([_scores_of(settings, seed, subjects, amount, ratios) for seed in settings.seeds], draws)
@@ -74,7 +76,7 @@ def study(settings: Settings) -> Document:
 
 
 def _amounts(new: Dataset, quick: bool) -> tuple[int, ...]:
-    there = len(open_dataset(new.path).stimulus_ids("train"))
+    there = len(new.stimulus_ids("train"))
     fitting = tuple(amount for amount in AMOUNTS if amount < there) or (there // 2,)
     return fitting[:1] if quick else fitting
 

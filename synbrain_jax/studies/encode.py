@@ -80,11 +80,11 @@ def true_of(settings: Settings, dataset: Dataset) -> Truth | None:
     row = {str(picture): index for index, picture in enumerate(known["picture"])}
     place = {tuple(position): index for index, position in enumerate(known["ijk"].tolist())}
     voxels = [place[tuple(position)] for position in dataset.voxels.ijk.tolist()]
-    settings = json.loads(read_text(file.with_name("truth.json")))["settings"]
+    simulated = json.loads(read_text(file.with_name("truth.json")))["settings"]
     return Truth(
         response=known["response"][[row[name] for name in dataset.stimulus_ids("test")]][:, voxels],
         noise=Spread(known["noise_factor"][voxels].astype(np.float32), known["noise_diag"][voxels].astype(np.float32)),
-        settings=", ".join(f"{name.replace('_', ' ')} {settings[name]:g}" for name in TOLD),
+        settings=", ".join(f"{name.replace('_', ' ')} {simulated[name]:g}" for name in TOLD if name in simulated),
     )
 
 
