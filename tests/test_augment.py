@@ -249,6 +249,17 @@ def test_a_person_who_saw_every_picture_is_refused(small_study, people, monkeypa
         augment.study(settings)
 
 
+def test_a_test_picture_that_the_source_knows_and_the_decoder_does_not_is_refused(small_study, tmp_path, monkeypatch):
+    """Though it is among all the pictures that the new person was shown."""
+    settings, _ = small_study
+    first = prepared(tmp_path / "a", "a", [*numbers(0, 20), "429"], numbers(20, 25), numbers(930, 940))
+    second = prepared(tmp_path / "b", "b", numbers(400, 430), numbers(450, 455), ["429", *numbers(900, 930)])
+    monkeypatch.setattr(augment, "open_subjects", lambda settings: [first, second])
+    assert "429" not in second.limited(None, 20).stimulus_ids("train")
+    with pytest.raises(InputError, match=r"^1 test stimuli of .*'429' among them, are training or validation stimuli"):
+        augment.study(settings)
+
+
 # ---- what the page says ----------------------------------------------------------------------------
 
 
