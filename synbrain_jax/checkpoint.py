@@ -165,8 +165,8 @@ class Checkpoints:
             raise
         except Exception as error:  # Orbax and TensorStore raise many kinds
             raise InputError(
-                f"{self._folder / str(step)}: this checkpoint cannot be read ({_first_line(error)}). Give the "
-                f"same command again; if it stays so, delete {self._folder.parent} to train this stage again."
+                f"{self._folder / str(step)}: this checkpoint cannot be read ({_first_line(error)}). Delete "
+                f"{self._folder.parent} to train this stage again."
             ) from error
         return state, note["position"]
 

@@ -87,7 +87,7 @@ def markdown(documents: Sequence[Document], figures: Sequence[str] | None = None
     before = [""] * len(documents) if figures is None else figures
     blocks = [f"# {_marked(_page_title(documents))}"]
     if claims := _summary(documents):
-        blocks += ["## Claims", _markdown_table(claims)]
+        blocks += ["## Claims", _markdown_table(claims, most=len(claims.rows))]
     for document, prefix in zip(documents, before, strict=True):
         blocks += [f"## {_marked(document.title)}"] if len(documents) > 1 else []
         blocks.append("\n".join(f"* {_marked(name)}: {_marked(fact)}" for name, fact in document.facts.items()))
@@ -111,11 +111,11 @@ def _markdown_section(section: Section, prefix: str) -> list[str]:
     return blocks
 
 
-def _markdown_table(table: Table) -> str:
+def _markdown_table(table: Table, most: int = MAX_MARKDOWN_ROWS) -> str:
     rule = ["---", *("---:" if _is_numeric(table, at) else "---" for at in range(1, len(table.columns)))]
     marks = [best_rows(table, at) for at in range(len(table.columns))]
     rows = [[_in_table(name) for name in table.columns], rule]
-    for number, row in enumerate(table.rows[:MAX_MARKDOWN_ROWS]):
+    for number, row in enumerate(table.rows[:most]):
         cells = [_in_table(cell) if isinstance(cell, str) else cell_text(cell) for cell in row]
         rows.append([f"**{text}**" if number in marks[at] else text for at, text in enumerate(cells)])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)

@@ -1,5 +1,6 @@
 """Test-wide settings: eight virtual CPU devices, strict ranks, and shapes checked on every public call."""
 
+import gc
 import os
 import shutil
 import subprocess
@@ -22,6 +23,8 @@ import jax
 import pytest
 from jaxtyping import install_import_hook
 
+# A tenth of the time would go into looking for garbage among what tracing leaves.
+gc.set_threshold(100_000)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # Every jaxtyping annotation of the package is checked at run time, in the tests only.
 install_import_hook("synbrain_jax", "beartype.beartype")

@@ -54,6 +54,7 @@ def test_the_second_start_compiles_nothing(arguments, tmp_path):
     assert second["cache_hits"] == second["compile_requests_use_cache"] == first["compile_requests_use_cache"]
 
 
+@pytest.mark.slow  # two more starts of a program
 def test_a_folder_of_the_users_own_is_used_instead_and_an_empty_name_means_none(arguments, tmp_path):
     own = counted(arguments, JAX_PLATFORMS="cpu", JAX_COMPILATION_CACHE_DIR=str(tmp_path / "own"))
     assert own["folder"] == str(tmp_path / "own")

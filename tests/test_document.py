@@ -259,6 +259,12 @@ def test_a_long_markdown_table_is_cut_and_says_so():
     assert page.html([long], [{}]).count('<th scope="row">row ') == len(rows)
 
 
+def test_no_claim_is_left_out_of_their_table():
+    claims = tuple(Claim(f"claim {number}", None, "") for number in range(page.MAX_MARKDOWN_ROWS + 7))
+    text = page.markdown([Document("one", {}, (Section("s", claims=claims),))])
+    assert text.count("| could not be told | claim ") == len(claims)
+
+
 # ---- HTML ------------------------------------------------------------------------------------------
 
 

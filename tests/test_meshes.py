@@ -135,9 +135,10 @@ def without_key_biases(mapper: dict) -> dict:
     return jax.tree.map_with_path(kept, mapper)
 
 
-OTHERS = [*(pytest.param(name, marks=pytest.mark.slow) for name in ("data 8", "fsdp 8")), "2 x 2 x 2"]
+OTHERS = ("data 8", "fsdp 8", "2 x 2 x 2")
 
 
+@pytest.mark.slow  # two trainings, compiled again for each mesh; single steps are below
 @pytest.mark.parametrize("name", OTHERS)
 def test_training_losses_do_not_depend_on_the_mesh(trained, name):
     for stage in ("stage1", "stage2"):
@@ -148,6 +149,7 @@ def test_training_losses_do_not_depend_on_the_mesh(trained, name):
             assert found == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.slow  # two trainings, compiled again for each mesh; single steps are below
 @pytest.mark.parametrize("name", OTHERS)
 def test_validation_does_not_depend_on_the_mesh(trained, name):
     for stage in ("stage1", "stage2"):
@@ -156,6 +158,7 @@ def test_validation_does_not_depend_on_the_mesh(trained, name):
         assert found == pytest.approx(expected, rel=1e-5, abs=1e-5)  # correlations are near 0
 
 
+@pytest.mark.slow  # two trainings, compiled again for each mesh; single steps are below
 @pytest.mark.parametrize("name", OTHERS)
 def test_what_is_learnt_does_not_depend_on_the_mesh(trained, dataset, name):
     """Relative to its norm: the latents, the mapper, and BrainVAE's parameters but for those that have no effect."""

@@ -392,7 +392,8 @@ def start_of(stage):
     return stage.start(target), jax.jit(make_train_step(stage.loss, optimizer, stage.config.optimizer.ema_decay))
 
 
-@pytest.mark.parametrize("name", ["stage1", "stage2"])
+# Stage 1 takes 20 s, and is in tests/parity/test_released_training.py, too.
+@pytest.mark.parametrize("name", [pytest.param("stage1", marks=pytest.mark.slow), "stage2"])
 def test_a_stage_goes_on_where_pytorch_stopped(started, tiny_dataset, tmp_path, name):
     config, params, files, folder = started
     file = folder / {"stage1": "last.pth", "stage2": "last.pt"}[name]
