@@ -173,6 +173,7 @@ def test_what_brain_vae_reads_out_of_the_sources_latents_is_in_its_loss(new, los
     assert stage.validate(changed) == pytest.approx(expected, rel=1e-4)
 
 
+@pytest.mark.slow  # three training steps to compile
 def test_the_readout_is_the_same_in_parts_of_a_batch_and_nearly_in_bfloat16(new):
     trials = load_trials(new, "train")
     rows = np.arange(8)
@@ -244,6 +245,7 @@ def test_training_begins_where_the_source_ended_on_the_new_brains_validation(ada
         assert readouts[-1] < readouts[0]
 
 
+@pytest.mark.slow  # test_faults kills each stage
 def test_a_killed_adaptation_ends_with_the_same_bits(adapted, source, new, tmp_path, monkeypatch):
     workdir, expected = adapted
     real, count = training.shard_batch, iter(range(7))  # 4 of the first stage

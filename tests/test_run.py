@@ -72,7 +72,7 @@ def assert_same_bits(workdir: Path, expected_dir: Path) -> None:
         assert (workdir / stage / name).read_text() == (expected_dir / stage / name).read_text()
 
 
-@pytest.mark.slow  # test_faults and test_adaptation stop and kill within one process
+@pytest.mark.slow  # test_faults stops and kills within one process
 def test_a_run_that_was_stopped_and_killed_ends_with_the_same_bits(uninterrupted, train, start_training, tmp_path):
     expected_dir, _ = uninterrupted
     workdir = tmp_path / "workdir"
@@ -132,6 +132,7 @@ def test_twenty_kills_at_random_moments_change_nothing(uninterrupted, train, sta
     assert_same_bits(workdir, uninterrupted[0])
 
 
+@pytest.mark.slow  # test_studies starts finished studies again
 def test_a_finished_run_is_not_trained_again(uninterrupted, train):
     workdir, out = uninterrupted
     log = workdir / "stage1" / "metrics.jsonl"

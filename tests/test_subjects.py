@@ -37,6 +37,7 @@ def trained(arguments, train, tmp_path_factory):
     return whole, train(*arguments, "--workdir", os.fspath(whole))
 
 
+@pytest.mark.slow  # a training in a process of its own
 def test_two_brains_give_a_bundle_each(trained, two_subjects):
     whole, out = trained
     bundles = {}
