@@ -245,7 +245,7 @@ def test_training_begins_where_the_source_ended_on_the_new_brains_validation(ada
         assert readouts[-1] < readouts[0]
 
 
-@pytest.mark.slow  # test_faults kills each stage
+@pytest.mark.slow  # test_faults stops stages and goes on
 def test_a_killed_adaptation_ends_with_the_same_bits(adapted, source, new, tmp_path, monkeypatch):
     workdir, expected = adapted
     real, count = training.shard_batch, iter(range(7))  # 4 of the first stage
