@@ -141,11 +141,16 @@ OTHERS = ("data 8", "fsdp 8", "2 x 2 x 2")
 @pytest.mark.slow  # two trainings, compiled again for each mesh; single steps are below
 @pytest.mark.parametrize("name", OTHERS)
 def test_training_losses_do_not_depend_on_the_mesh(trained, name):
+    """Norms of gradients, in which AdamW's steps along rounding noise show, within three times as much, as in
+    test_distributed: with the emitters of xla_flags.py 1.3e-5 was seen, with those that users have less than 1e-5."""
     for stage in ("stage1", "stage2"):
         pairs = zip(trained(name).logs[stage], trained("1").logs[stage], strict=True)
         training = [pair for pair in pairs if "train/loss" in pair[0]]
         assert len(training) == 4
         for found, expected in training:
+            norms = [found["train/grad_norm"], expected["train/grad_norm"]]
+            assert norms[0] == pytest.approx(norms[1], rel=3e-5)
+            found, expected = ({**one, "train/grad_norm": 0} for one in (found, expected))
             assert found == pytest.approx(expected, rel=1e-5)
 
 
