@@ -82,9 +82,8 @@ def study(settings: Settings) -> Document:
             "data.subjects names one person; the study of adaptation needs another: --change data.subjects=[1,2], or "
             "for prepared data data.more_sources"
         )
-    others = [
-        open_dataset(new.path) for new in others
-    ]  # all that is prepared, whatever the config says of the source's
+    # All that is prepared, whatever the config says of the source's.
+    others = [open_dataset(new.path) for new in others]
     for new in others:
         for amount in amounts_of(new, settings.quick):
             check_unseen(_part(new, amount), [source])
@@ -260,8 +259,8 @@ def section(
             "source mapper's latents (SynBrain has no such term), then of the mapper the part "
             f"`{_DEFAULT.part}`, for at most half as many steps as the source's. {VALIDATION_SHARE:.0%} of the "
             "stimuli are held out for validation, of the system that is trained from scratch too; the regressions are "
-            f"fitted to all. No readout: the same without that weight, with {least_of(values).name} alone, which the "
-            "claims are about."
+            "fitted to all."
+            + (f" No readout: the same without that weight, with {least_of(values).name} alone." * ("plain" in shown))
         ),
         tables=(scores, differences),
         figures=(Figure(figure, caption),),
